@@ -1,0 +1,40 @@
+"""Benchmarks are found, not registered: every `benchmarks/<package>/<technique>.py` that holds a `bench`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from mlsys.bench.core import Benchmark
+
+
+def folder() -> Path:
+    """Where the benchmarks lie: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for place in (package / "_benchmarks", package.parent / "benchmarks"):
+        if place.is_dir():
+            return place
+    raise FileNotFoundError(f"no benchmarks in {package / '_benchmarks'} or {package.parent / 'benchmarks'}: reinstall")
+
+
+def names() -> list[str]:
+    """Every benchmark's name, without importing any."""
+    return sorted(f"{p.parent.name}.{p.stem}" for p in folder().glob("*/*.py") if not p.stem.startswith("_"))
+
+
+def load(name: str) -> Benchmark:
+    """Import the file of `attention.flash` and return its `bench`."""
+    package, _, technique = name.partition(".")
+    path = folder() / package / f"{technique}.py"
+    module_name = f"mlsys_benchmarks.{package}.{technique}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    spec.loader.exec_module(module)
+    bench = getattr(module, "bench", None)
+    if not isinstance(bench, Benchmark):
+        raise TypeError(f"{path} holds no `bench = Benchmark(...)`")
+    return bench

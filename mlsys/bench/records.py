@@ -1,0 +1,92 @@
+"""One measurement as one JSON line: case, figures, machine, versions, commit, date."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlsys.files import write_atomic
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one implementation did on one case.
+
+    status:   "ok", "noisy" (times, but no ratio), "missing" (a library is not installed), "wrong" (failed the check,
+              so it was not timed) or "smoke" (ran once, not timed); `note` says the rest.
+    seconds:  median of `runs` runs, with the quartiles; None if not timed.
+    ratio_to_*: this implementation's time ÷ the other's, median over rounds: below 1 is faster.
+    share:    the roofline's lower bound on this machine ÷ the time: 1.0 is the limit.
+    """
+
+    benchmark: str
+    case: dict[str, Any]
+    impl: str
+    role: str
+    status: str
+    note: str = ""
+    seconds: float | None = None
+    quartiles: tuple[float, float] | None = None
+    runs: int = 0
+    ratio_to_reference: float | None = None
+    ratio_to_peer: float | None = None
+    peer: str | None = None
+    error: float | None = None
+    flops: float = 0.0
+    bytes: float = 0.0
+    items: float = 0.0
+    unit: str = ""
+    share: float | None = None
+    bound: str | None = None
+    limit_flops: float | None = None
+    limit_bandwidth: float | None = None
+    peak_bytes: int | None = None
+    figures: dict[str, float] = field(default_factory=dict)
+    device: str = "cpu"
+    threads: int = 1
+    size: str = "default"
+    machine: dict[str, Any] = field(default_factory=dict)
+    commit: str | None = None
+    load: float = 0.0
+    date: str = ""
+
+    @property
+    def key(self) -> tuple[str, str, str, str, int]:
+        """What a later measurement replaces: same benchmark, case, implementation, device and threads."""
+        return self.benchmark, json.dumps(self.case, sort_keys=True), self.impl, self.device, self.threads
+
+
+def read(path: Path) -> list[Record]:
+    """The records of a JSON-lines file; ValueError names the line that is not one."""
+    known = {f.name for f in dataclasses.fields(Record)}
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            values = json.loads(line)
+            unknown = set(values) - known
+            if unknown:
+                raise ValueError(f"unknown field {sorted(unknown)[0]!r}")
+            if values.get("quartiles"):
+                values["quartiles"] = tuple(values["quartiles"])
+            records.append(Record(**values))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}:{number} is not a benchmark record: {error}") from error
+    return records
+
+
+def save(records: Iterable[Record], folder: Path) -> list[Path]:
+    """Merge into `folder/<machine>/<benchmark>.jsonl`, newer replacing older; each file is written atomically."""
+    files: dict[Path, list[Record]] = {}
+    for record in records:
+        files.setdefault(folder / record.machine["slug"] / f"{record.benchmark}.jsonl", []).append(record)
+    for path, new in files.items():
+        kept = {r.key: r for r in read(path)} if path.exists() else {}
+        kept.update({r.key: r for r in new})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(dataclasses.asdict(r), sort_keys=True) for r in kept.values()]
+        write_atomic(path, "\n".join(lines) + "\n")
+    return list(files)

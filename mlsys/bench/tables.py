@@ -1,0 +1,176 @@
+"""Records as Markdown tables: a summary, one row a case, and the detail, one row an implementation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+
+from tabulate import tabulate
+
+from mlsys.bench.core import describe
+from mlsys.bench.records import Record
+
+
+def seconds(value: float | None) -> str:
+    """Three significant digits with the unit that fits: `12.3 ms`."""
+    if value is None:
+        return "–"
+    for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        if value >= scale:
+            return f"{_digits(value / scale)} {unit}"
+    return f"{_digits(value / 1e-9)} ns"
+
+
+def amount(value: float | None, unit: str, step: float = 1e3) -> str:
+    """Three significant digits with a prefix: `93.1 GFLOP/s`, `54.0 MiB` (step=1024)."""
+    if value is None:
+        return "–"
+    prefixes = ["", "Ki", "Mi", "Gi", "Ti"] if step == 1024 else ["", "k", "M", "G", "T", "P"]
+    power = 0
+    while value >= step and power < len(prefixes) - 1:
+        value, power = value / step, power + 1
+    return f"{_digits(value)} {prefixes[power]}{unit}".rstrip()
+
+
+def _digits(value: float) -> str:
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def times(value: float | None) -> str:
+    """A ratio, or a dash where the timing was too noisy for one."""
+    if value is None:
+        return "–"
+    return f"{value:.2g}×" if value < 0.095 else f"{value:.2f}×"
+
+
+def percent(value: float | None) -> str:
+    """A share of the machine's limit."""
+    return "–" if value is None else f"{100 * value:.0f}%"
+
+
+def by_case(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records grouped by case, in the order in which the cases came."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(json.dumps(record.case, sort_keys=True), []).append(record)
+    return groups
+
+
+def implementations(records: Sequence[Record]) -> list[str]:
+    """The implementations' names: the reference, ours, yours, then peers."""
+    order = {"reference": 0, "ours": 1, "yours": 2, "peer": 3}
+    roles = {r.impl: order.get(r.role, 9) for r in records}
+    return sorted(roles, key=lambda name: roles[name])
+
+
+def _cell(record: Record | None) -> str:
+    if record is None:
+        return ""
+    if record.seconds is None:
+        return record.status
+    mark = " (noisy)" if record.status == "noisy" else ""
+    return seconds(record.seconds) + mark
+
+
+def summary(records: Sequence[Record]) -> str:
+    """`summary_rows` as Markdown."""
+    return _render(summary_rows(records), "pipe")
+
+
+def detail(records: Sequence[Record]) -> str:
+    """`detail_rows` as Markdown."""
+    return _render(detail_rows(records), "pipe")
+
+
+def html(rows: Sequence[dict[str, str]]) -> str:
+    """Rows as an HTML table, escaped."""
+    return _render(rows, "html")
+
+
+def summary_rows(records: Sequence[Record]) -> list[dict[str, str]]:
+    """One row a case: each implementation's time, ours ÷ the reference and ÷ the fastest peer, share of the limit."""
+    names = implementations(records)
+    ours = [r.impl for r in records if r.role in ("ours", "yours")] or [
+        r.impl for r in records if r.role == "reference"
+    ]
+    ours = list(dict.fromkeys(ours))
+    memory = any(r.peak_bytes is not None for r in records)
+    items = any(r.items for r in records)
+    rows = []
+    for group in by_case(records).values():
+        found = {r.impl: r for r in group}
+        row = {"case": describe(group[0].case)} | {name: _cell(found.get(name)) for name in names}
+        for name in ours:
+            record = found.get(name)
+            peer = (
+                f" ({record.peer})"
+                if record and record.peer and len([r for r in group if r.role == "peer"]) > 1
+                else ""
+            )
+            if record is None:
+                continue
+            if record.role != "reference":
+                row[f"{name} ÷ reference"] = times(record.ratio_to_reference)
+            row[f"{name} ÷ peer"] = times(record.ratio_to_peer) + peer
+            row["of limit"] = percent(record.share)
+            if items and record.seconds:
+                row["throughput"] = f"{amount(record.items / record.seconds, record.unit)}/s"
+        if memory:
+            for name in names:
+                row[f"peak {name}"] = amount(found[name].peak_bytes, "B", 1024) if name in found else ""
+        rows.append(row)
+    return rows
+
+
+def detail_rows(records: Sequence[Record]) -> list[dict[str, str]]:
+    """One row an implementation and case, with every figure."""
+    columns: dict[str, Callable[[Record], str]] = {
+        "case": lambda r: describe(r.case),
+        "implementation": lambda r: f"{r.impl} ({r.role})",
+        "time": _cell,
+        "quartiles": lambda r: f"{seconds(r.quartiles[0])} – {seconds(r.quartiles[1])}" if r.quartiles else "–",
+        "runs": lambda r: str(r.runs),
+        "÷ reference": lambda r: times(r.ratio_to_reference),
+        "÷ fastest peer": lambda r: times(r.ratio_to_peer),
+        "rate": _rate,
+        "of limit": lambda r: f"{percent(r.share)} ({r.bound})" if r.share is not None else "–",
+    }
+    if any(r.peak_bytes is not None for r in records):
+        columns["peak memory"] = lambda r: amount(r.peak_bytes, "B", 1024)
+    columns["error"] = lambda r: "–" if r.error is None else f"{r.error:.1e}"
+    for name in dict.fromkeys(name for r in records for name in r.figures):
+        columns[name] = lambda r, name=name: f"{r.figures[name]:.4g}" if name in r.figures else "–"  # type: ignore[misc]
+    if any(r.note for r in records):
+        columns["note"] = lambda r: r.note
+    return [{title: cell(r) for title, cell in columns.items()} for r in records]
+
+
+def _rate(record: Record) -> str:
+    if record.seconds is None:
+        return "–"
+    if record.items:
+        return f"{amount(record.items / record.seconds, record.unit)}/s"
+    return amount(record.flops / record.seconds, "FLOP/s")
+
+
+def where_and_when(records: Sequence[Record]) -> str:
+    """The line under a table: machine, versions, threads, commit and date, from the records themselves."""
+    machine = records[0].machine
+    gpu = f", {machine['gpu']}" if machine["gpu"] else ""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    threads = " and ".join(str(n) for n in sorted({r.threads for r in records}))
+    dates = sorted({r.date for r in records})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB{gpu}; {machine['system']}; "
+        f"{threads} thread{'s' if threads != '1' else ''}; Python {machine['python']}, {versions}; {when}."
+    )
+
+
+def _render(rows: Sequence[dict[str, str]], form: str) -> str:
+    titles = list(dict.fromkeys(title for row in rows for title in row))
+    cells = [[row.get(title, "") for title in titles] for row in rows]
+    align = ["left" if title in ("case", "implementation", "note") else "right" for title in titles]
+    return str(tabulate(cells, headers=titles, tablefmt=form, colalign=align, disable_numparse=True))

@@ -1,0 +1,129 @@
+"""Timing that is fair on a noisy machine: in turn, round after round, medians, and silence where it is noise.
+
+Implementations are timed in turn within each round, so that a neighbour's load
+or a clock that drops falls on all alike, and a ratio is the median of the
+rounds' ratios, not the ratio of two medians taken minutes apart. The order
+rotates from round to round, so that nobody always runs behind the same
+cache-clearing neighbour. A sample with fewer than five runs, or whose
+interquartile range exceeds a fifth of its median, is noisy and yields no ratio.
+
+On a GPU, time is taken by events on the stream, with the L2 cache overwritten
+before every run.
+
+Papers:
+    Hoefler & Belli 2015, "Scientific Benchmarking of Parallel Computing Systems" (SC '15): medians and spread.
+    Chen & Revels 2016, arXiv:1608.04295 (robust estimates on noisy machines).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MIN_RUNS = 5
+MAX_SPREAD = 0.20
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Seconds per run, one entry a round."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The middle run, s."""
+        return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """The interquartile range, s."""
+        if len(self.seconds) < 2:
+            return self.seconds[0], self.seconds[0]
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return low, high
+
+    @property
+    def noisy(self) -> bool:
+        """Too few runs or too wide a spread to say anything about a ratio."""
+        low, high = self.quartiles
+        return len(self.seconds) < MIN_RUNS or high - low > MAX_SPREAD * self.median
+
+
+def ratio(a: Sample, b: Sample) -> float | None:
+    """How many times as long `a` takes as `b`: the median over rounds; None if either is noisy."""
+    if a.noisy or b.noisy:
+        return None
+    if len(a.seconds) == len(b.seconds):
+        return statistics.median(x / y for x, y in zip(a.seconds, b.seconds, strict=True))
+    return a.median / b.median
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], Any]],
+    *,
+    budget_s: float = 3.0,
+    max_rounds: int = 50,
+    min_sample_s: float = 0.005,
+    device: str = "cpu",
+) -> dict[str, Sample]:
+    """Time the implementations in turn until `budget_s` is spent; at least `MIN_RUNS` rounds.
+
+    Each must have run once before (compiled, caches filled). A run shorter than
+    `min_sample_s` is repeated within its sample, which then holds the mean.
+    Where the spread is still wide at the end of the budget, up to as much again
+    is spent on further rounds.
+    """
+    if max_rounds < MIN_RUNS:
+        raise ValueError(f"max_rounds={max_rounds}: at least {MIN_RUNS} are needed for a median worth printing")
+    timer = _GpuTimer() if device == "cuda" else _cpu_seconds
+    repeats = {}
+    for name, run in runs.items():
+        once = timer(run, 1)
+        repeats[name] = 1 if device == "cuda" else max(1, min(1000, round(min_sample_s / max(once, 1e-9))))
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    start = time.perf_counter()
+    for done in range(max_rounds):
+        spent = time.perf_counter() - start
+        noisy = done >= MIN_RUNS and any(Sample(tuple(s)).noisy for s in seconds.values())
+        if done >= MIN_RUNS and spent > (2 * budget_s if noisy else budget_s):
+            break
+        shift = done % len(names)
+        for name in names[shift:] + names[:shift]:
+            seconds[name].append(timer(runs[name], repeats[name]))
+    return {name: Sample(tuple(taken)) for name, taken in seconds.items()}
+
+
+def _cpu_seconds(run: Callable[[], Any], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - start) / repeats
+
+
+class _GpuTimer:
+    """Event timing with a cold L2: a buffer of twice its size is overwritten before each run."""
+
+    def __init__(self) -> None:
+        import torch
+
+        cache_bytes = torch.cuda.get_device_properties().L2_cache_size
+        self.scratch = torch.empty(2 * cache_bytes, dtype=torch.uint8, device="cuda")
+
+    def __call__(self, run: Callable[[], Any], repeats: int) -> float:
+        import torch
+
+        total_ms = 0.0
+        for _ in range(repeats):
+            self.scratch.zero_()
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            total_ms += start.elapsed_time(end)
+        return total_ms / 1e3 / repeats

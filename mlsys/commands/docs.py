@@ -1,0 +1,96 @@
+"""`mlsys docs`: fill the tables and pictures of README and docs/ from saved records. Nobody types a number.
+
+A page asks for a table with two comment lines, `<!-- bench NAME -->` and
+`<!-- /bench -->`; what stands between them is written by this command, with
+the machine and the date of the measurement. `<!-- list -->` does the same for
+the table of techniques, `<!-- claims -->` for reproduced numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+
+from mlsys.commands import UsageError
+
+MARKED = re.compile(r"(<!-- (bench|list|claims)( [\w.]+)? -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `mlsys docs`."""
+    parser.add_argument("--root", type=Path, default=Path(), metavar="FOLDER", help="the checkout (default: here)")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is out of date")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write, or with --check compare, every page that has markers and every picture they show."""
+    from mlsys.files import write_atomic
+
+    root: Path = args.root
+    if not (root / "README.md").is_file():
+        raise UsageError(f"--root {root}: no README.md there; run this in a checkout of mlsys")
+    stale = []
+    for path, text in pages(root).items():
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            continue
+        stale.append(path)
+        if not args.check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, text)
+    for path in stale:
+        print(f"{'out of date' if args.check else 'wrote'} {path}", file=sys.stderr)
+    return 1 if args.check and stale else 0
+
+
+def pages(root: Path) -> dict[Path, str]:
+    """Every generated file of a checkout and what it should hold."""
+    wanted: dict[Path, str] = {}
+    for page in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
+        text = page.read_text(encoding="utf-8")
+        if MARKED.search(text):
+            wanted[page] = MARKED.sub(lambda found: _fill(found, page, root, wanted), text)
+    return wanted
+
+
+def _fill(found: re.Match[str], page: Path, root: Path, wanted: dict[Path, str]) -> str:
+    start, kind, name, end = found.groups()
+    if kind == "bench":
+        body = _measured((name or "").strip(), page, root, wanted)
+    elif kind == "list":
+        body = _techniques()
+    else:
+        from mlsys.claims import as_markdown
+
+        body = as_markdown()
+    return f"{start}\n{body}\n\n{end}"
+
+
+def _techniques() -> str:
+    from tabulate import tabulate
+
+    from mlsys import catalog
+
+    rows = [(f"`{t.name}`", t.idea, t.paper) for t in catalog.techniques()]
+    return str(tabulate(rows, headers=("technique", "idea", "paper"), tablefmt="pipe"))
+
+
+def _measured(name: str, page: Path, root: Path, wanted: dict[Path, str]) -> str:
+    from mlsys.bench import records, report, tables
+
+    found = sorted((root / "results").glob(f"*/{name}.jsonl"))
+    if not found:
+        return f"Not yet measured: `mlsys bench {name} --save`, then `make docs`."
+    parts = []
+    for path in found:
+        measured = records.read(path)
+        parts.append(f"{tables.summary(measured)}\n\n{tables.where_and_when(measured)}")
+        for number, svg in enumerate(report.pictures(name, measured), 1):
+            picture = root / "docs" / "img" / f"{path.parent.name}.{name}.{number}.svg"
+            wanted[picture] = svg
+            link = Path(os.path.relpath(picture, page.parent)).as_posix()
+            if number == 1 or page.parent != root:  # README shows one picture, the technique's page shows all
+                parts.append(f"![{name}: {report.question(name)}]({link})")
+    return "\n\n".join(parts)

@@ -1,0 +1,1 @@
+"""Real input that is always at hand: nothing is downloaded."""

@@ -1,0 +1,107 @@
+"""Pictures and the report: labelled, distinguishable without colour, self-contained, reproducible."""
+
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from mlsys.bench import find, plots, report
+from mlsys.bench.core import Plot
+from mlsys.bench.records import Record
+
+HERE = {
+    "slug": "toy",
+    "cpu": "Toy <CPU>",
+    "cores": 2,
+    "memory_gib": 4.0,
+    "gpu": None,
+    "system": "Linux",
+    "python": "3.11",
+    "versions": {"torch": "2.13"},
+}
+
+
+def record(impl, role, n, seconds):
+    return Record(
+        benchmark="attention.flash",
+        case={"n": n, "dtype": "float32", "causal": True, "backward": False},
+        impl=impl,
+        role=role,
+        status="ok",
+        seconds=seconds,
+        quartiles=(seconds, seconds),
+        runs=5,
+        flops=n * n * 1e3,
+        bytes=n * 1e3,
+        items=n,
+        unit="row",
+        share=0.5,
+        bound="compute",
+        limit_flops=1e11,
+        limit_bandwidth=2e10,
+        peak_bytes=n * 1000,
+        ratio_to_peer=1.0,
+        peer="peer",
+        machine=HERE,
+        date="2026-01-02",
+    )
+
+
+RECORDS = [
+    record(impl, role, n, n * factor * 1e-6)
+    for n in (512, 1024, 2048)
+    for impl, role, factor in (("naive", "reference", 3), ("flash", "ours", 1), ("peer", "peer", 1.01))
+]
+PLOT = Plot(x="n", xlabel="sequence length n", panel=("dtype",))
+
+
+def texts(svg):
+    return [e.text for e in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+
+
+@pytest.mark.parametrize("y", ["time", "memory", "throughput"])
+def test_axes_are_labelled_and_every_implementation_is_named_in_the_picture(y):
+    svg = plots.draw(
+        Plot(x="n", xlabel="sequence length n", panel=("n",) if y == "throughput" else ("dtype",), y=y), RECORDS
+    )
+    written = " ".join(filter(None, texts(svg)))
+    for word in ("naive", "flash", "peer", "sequence length n"):
+        assert word in written
+
+
+def test_lines_differ_without_colour():
+    styles = set(zip(plots.MARKERS, map(str, plots.LINES), strict=True))
+    assert len(styles) == len(plots.COLOURS)
+
+
+def test_same_records_same_picture():
+    assert plots.draw(PLOT, RECORDS) == plots.draw(PLOT, RECORDS)
+
+
+def test_nothing_to_show_is_no_picture():
+    assert plots.draw(Plot(x="n", xlabel="n", only=lambda case: False), RECORDS) is None
+    assert plots.roofline([]) is None
+
+
+def test_roofline_shows_roof_and_points():
+    written = " ".join(filter(None, texts(plots.roofline(RECORDS))))
+    for word in ("100 GFLOP/s", "20.0 GB/s", "flash", "arithmetic intensity"):
+        assert word in written
+
+
+def test_report_is_one_self_contained_page(tmp_path):
+    page = report.write(RECORDS, tmp_path / "report")
+    html = page.read_text(encoding="utf-8")
+    assert page.name == "index.html"
+    assert list(page.parent.iterdir()) == [page]
+    assert "<script" not in html
+    # no picture, style or font is fetched: the only addresses are XML name spaces
+    assert not re.findall(r"""(?:src|href)=["'](?!#)""", html.replace("xlink:href", ""))
+    assert html.count("<svg") >= 3
+    assert "Toy &lt;CPU&gt;" in html
+    assert report.question("attention.flash") in html.replace("&#39;", "'")
+
+
+def test_every_benchmark_opens_with_a_question():
+    for name in find.names():
+        assert report.question(name).endswith("?"), name

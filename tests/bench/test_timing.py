@@ -1,0 +1,69 @@
+"""Timing arithmetic: medians, spread, paired ratios, and silence where it is noise. No real clock is judged."""
+
+import itertools
+
+import pytest
+
+from mlsys.bench import timing
+from mlsys.bench.timing import MIN_RUNS, Sample, interleave, ratio
+
+
+def test_median_and_quartiles():
+    sample = Sample((5.0, 1.0, 3.0, 2.0, 4.0))
+    assert sample.median == 3.0
+    assert sample.quartiles == (2.0, 4.0)
+
+
+def test_one_run_is_noisy_but_printable():
+    sample = Sample((2.0,))
+    assert sample.noisy
+    assert sample.quartiles == (2.0, 2.0)
+
+
+@pytest.mark.parametrize(("seconds", "noisy"), [((1.0,) * 4, True), ((1.0,) * 5, False), ((1, 1, 2, 3, 3), True)])
+def test_too_few_runs_or_too_wide_a_spread_is_noisy(seconds, noisy):
+    assert Sample(tuple(map(float, seconds))).noisy is noisy
+
+
+def test_ratio_is_the_median_of_the_rounds_ratios():
+    # The machine slows down threefold half-way: medians taken apart would differ, paired rounds do not.
+    slow = Sample((2.0, 2.0, 2.0, 2.1, 2.1, 2.1))
+    fast = Sample((1.0, 1.0, 1.0, 1.05, 1.05, 1.05))
+    assert ratio(slow, fast) == pytest.approx(2.0)
+
+
+def test_noise_gives_no_ratio():
+    steady, wild = Sample((1.0,) * 6), Sample((1.0, 2.0, 3.0, 1.0, 2.0, 3.0))
+    assert ratio(steady, wild) is None
+    assert ratio(wild, steady) is None
+
+
+def test_interleave_takes_turns_and_rotates_the_order(monkeypatch):
+    calls = []
+    clock = itertools.count()
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
+    samples = interleave({name: lambda name=name: calls.append(name) for name in "abc"}, budget_s=0.0)
+    assert all(len(s.seconds) >= MIN_RUNS for s in samples.values())
+    rounds = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert rounds[0] == "abc"  # calibration
+    assert rounds[1:4] == ["abc", "bca", "cab"]
+    assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
+
+
+def test_interleave_repeats_what_is_too_short_to_time(monkeypatch):
+    calls = []
+    now = [0.0]
+
+    def run():
+        calls.append(1)
+        now[0] += 0.001
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    samples = interleave({"short": run}, budget_s=0.0, min_sample_s=0.01)
+    assert samples["short"].median == pytest.approx(0.001)
+    assert len(calls) >= 10 * MIN_RUNS
+
+
+def test_interleave_refuses_fewer_rounds_than_a_median_needs():
+    with pytest.raises(ValueError, match="max_rounds=2"):
+        interleave({"a": lambda: None}, max_rounds=2)

@@ -1,0 +1,66 @@
+"""What every test runs under: shapes checked, one thread, repeatable examples.
+
+The technique packages name their shapes with jaxtyping; the import hook below makes each call
+in the tests check them, through beartype. It must be installed before those packages are imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch and numpy when they start; children inherit it
+
+import hypothesis
+import jaxtyping
+import pytest
+
+from mlsys import catalog
+
+hypothesis.settings.register_profile("mlsys", deadline=None, derandomize=True, database=None, print_blob=False)
+hypothesis.settings.load_profile("mlsys")
+
+
+def with_shapes(package_root: Path) -> list[str]:
+    """The technique modules that use jaxtyping, by dotted name.
+
+    Not those that import numba or triton: their compilers read the function itself, and cannot see
+    through a checking wrapper.
+    """
+    names = []
+    for path in catalog.modules(package_root):
+        imported = catalog.imports(ast.parse(path.read_text(encoding="utf-8")))
+        roots = {name.partition(".")[0] for name in imported}
+        if "jaxtyping" in roots and not roots & {"numba", "triton"}:
+            names.append(catalog.dotted(path, package_root))
+    return names
+
+
+HOOKED = with_shapes(catalog.PACKAGE)
+_early = [name for name in HOOKED if name in sys.modules]
+if _early:
+    raise RuntimeError(f"imported before the shape checks were installed: {', '.join(_early)}")
+if HOOKED:
+    jaxtyping.install_import_hook(HOOKED, "beartype.beartype")
+
+
+@pytest.fixture
+def unchecked_types() -> Iterator[None]:
+    """No shape checks in this test: what a function itself says about bad arguments is what is tested."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A test may change torch's thread count; the next one starts with one thread again."""
+    yield
+    torch = sys.modules.get("torch")  # not imported for tests that do without it
+    if torch is not None and torch.get_num_threads() != 1:
+        torch.set_num_threads(1)

@@ -1,0 +1,49 @@
+"""No benchmark rots: the smallest case of each runs, is checked, and runs what its folder and file say."""
+
+import pytest
+
+from mlsys.bench import find, run
+from mlsys.bench.core import SIZES
+
+NAMES = find.names()
+
+
+def test_there_are_benchmarks():
+    assert {"attention.flash", "retrieval.bm25"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_smallest_case_runs_and_agrees(name):
+    bench = find.load(name)
+    rows = run(bench, bench.select("quick")[:1], size="quick", smoke=True)
+    assert {r.status for r in rows} <= {"smoke", "missing"}, [(r.impl, r.status, r.note) for r in rows]
+    assert {"reference", "ours", "peer"} <= {r.role for r in rows}
+    assert all(r.flops > 0 and r.bytes > 0 for r in rows)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sizes_are_there_and_distinct(name):
+    bench = find.load(name)
+    assert bench.name == name
+    assert bench.subject in bench.impls
+    for size in SIZES:
+        cases = bench.select(size)
+        assert cases
+        assert len({str(c) for c in cases}) == len(cases)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inputs_are_seeded_and_not_zero(name):
+    bench = find.load(name)
+    case = bench.select("quick")[0]
+    first, second = bench.inputs(case, "cpu"), bench.inputs(case, "cpu")
+    assert str(first)[:2000] == str(second)[:2000]
+
+
+def test_an_unknown_name_holds_no_benchmark(tmp_path, monkeypatch):
+    (tmp_path / "toys").mkdir()
+    (tmp_path / "toys" / "empty.py").write_text('"""Is there nothing here?"""\n')
+    monkeypatch.setattr(find, "folder", lambda: tmp_path)
+    assert find.names() == ["toys.empty"]
+    with pytest.raises(TypeError, match="holds no `bench"):
+        find.load("toys.empty")
