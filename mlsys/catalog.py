@@ -1,7 +1,7 @@
 """The techniques of the library, found by reading source and importing nothing.
 
 A technique is a public module of a technique package (`mlsys/attention/flash.py`)
-whose docstring has a `Papers:` section; a module without one is a helper.
+that has a contract or a benchmark of its name; the others serve techniques.
 `flash_numba.py`, `flash_triton.py` and `flash_cuda.py` beside `flash.py` are
 further backends of the same technique. Everything else is found by its place: the
 test in `tests/attention/test_flash.py`, the benchmark in
@@ -107,9 +107,25 @@ def techniques(package_root: Path = PACKAGE) -> list[Technique]:
 
 
 def find(name: str, package_root: Path = PACKAGE) -> Technique:
-    """The technique of this name, or of this last part ("flash") if only one has it; LookupError otherwise."""
-    everything = {technique.name: technique for technique in techniques(package_root)}
+    """The technique of this name, or of this last part ("flash") if only one has it; LookupError otherwise.
+
+    The name of a faster backend's module ("attention.flash_triton") stands for its technique.
+    """
+    everything = {}
+    for technique in techniques(package_root):
+        for backend in technique.backends:
+            everything[f"{technique.package}.{backend.source.stem}"] = technique
     return everything[resolve(name, everything)]
+
+
+def checkable(package_root: Path = PACKAGE) -> list[str]:
+    """The names that have a contract: techniques, and faster backends of them ("attention.flash_triton")."""
+    return [
+        f"{technique.package}.{backend.source.stem}"
+        for technique in techniques(package_root)
+        for backend in technique.backends
+        if backend.source.stem in contracted(technique.package, package_root)
+    ]
 
 
 def resolve(name: str, names: Iterable[str], kind: str = "technique") -> str:
@@ -165,7 +181,7 @@ def read(path: Path, package_root: Path = PACKAGE) -> Technique | None:
         fast = path.with_name(f"{technique}_{suffix}.py")
         if fast.is_file():
             backends.append(Backend(suffix, fast, devices(suffix)))
-    return Technique(
+    found = Technique(
         name=f"{package}.{technique}",
         idea=idea(doc),
         doc=doc,
@@ -181,6 +197,7 @@ def read(path: Path, package_root: Path = PACKAGE) -> Technique | None:
         else None,
         docs=_existing(checkout / "docs" / package / f"{technique}.md", checkout / "docs" / f"{package}.md"),
     )
+    return found if found.benchmark or found.contract else None  # what only serves another technique is not listed
 
 
 def base(path: Path) -> Path | None:
@@ -260,7 +277,7 @@ def short(paper: str) -> str:
 
 @cache
 def contracted(package: str, package_root: Path = PACKAGE) -> frozenset[str]:
-    """The techniques of a package that have a contract: the names "package.technique" that its contracts file holds."""
+    """The modules of a package that have a contract: the names "package.module" that its contracts file holds."""
     path = package_root / "contracts" / f"{package}.py"
     if not path.is_file():
         return frozenset()

@@ -92,7 +92,10 @@ def _run(arguments: list[str]) -> int:
         raise UsageError(f"no command {asked!r}; {remedy}")
 
     parser = build(asked)
-    args = parser.parse_args(arguments)
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        command = f"mlsys {asked}" if asked else "mlsys"
+        raise UsageError(f"unrecognized arguments: {' '.join(unknown)}; see `{command} --help`")
     if args.command is None:
         parser.print_help()
         return 2

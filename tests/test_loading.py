@@ -140,7 +140,7 @@ def test_no_such_function(write):
 
 
 def test_not_callable(write):
-    with pytest.raises(TypeError, match="mine.py:number is not a function but an int"):
+    with pytest.raises(TypeError, match=r"mine\.py:number is not a function but an int"):
         load_function(f"{write('number = 1')}:number")
 
 

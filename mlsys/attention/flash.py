@@ -56,7 +56,8 @@ See also:
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -65,8 +66,8 @@ from torch import Tensor
 from mlsys.attention._inputs import check_block, check_qkv
 
 LOG2E = math.log2(math.e)
-BLOCK_Q, BLOCK_K = 256, 2048  # at head_dim 64 the best of a grid on a CPU with 1 MB of L2 a core
-SHORT = 2**19  # scores: heads whose tiles are smaller are taken together, up to this many
+# The best of a grid at head_dim 64 on a CPU core with 1 MB of L2, forward and backward, full and causal.
+BLOCK_Q, BLOCK_K = 256, 2048
 
 
 def attention(
@@ -83,7 +84,7 @@ def attention(
 
     Same result as `naive.attention`, to rounding, for any lengths and block sizes.
     Left None, `block_q` is 256 divided among the heads of a group and `block_k` is
-    2048, or in bfloat16 and float16 the whole row of keys (still linear memory).
+    2048, or in bfloat16's forward pass the whole row of keys, which is still linear memory.
     Raises TypeError or ValueError naming the argument if shapes, dtypes, devices or
     block sizes are wrong; RuntimeError if asked for a second derivative.
     """
@@ -96,7 +97,7 @@ def attention(
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         out: Tensor = _Flash.apply(q, k, v, causal, scale, block_q, block_k)
         return out
-    return _forward(q, k, v, causal, scale, block_q, block_k, want_lse=False)[0]
+    return _forward(q, k, v, None, causal, scale, block_q, block_k)
 
 
 class _Flash(torch.autograd.Function):
@@ -104,92 +105,106 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> Tensor:
-        out, lse = _forward(q, k, v, *settings, want_lse=True)
+        lse = q.new_full(q.shape[:-1], -math.inf, dtype=_wide(q))  # (b, h, t)
+        out = _forward(q, k, v, lse, *settings)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.settings = settings
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Any) -> Any:
         if torch.is_grad_enabled():  # create_graph=True, but the loops below record nothing to derive again
             raise RuntimeError("flash.attention has no second derivative: use naive.attention with create_graph=True")
         return (*_backward(*grads, *ctx.saved_tensors, *ctx.settings), *(None for _ in ctx.settings))
+
+
+class _Tiling(NamedTuple):
+    """What the tiles of one pass share."""
+
+    group: int  # query heads that read one key/value head, stacked in a tile
+    block_q: int
+    block_k: int
+    buffers: Tensor  # (2, ·) space for two tiles: fresh memory for each would cost page faults
+    future: Tensor  # (block_q, block_q) True where a key comes after the query, on the diagonal
+
+
+def _tiling(q: Tensor, k: Tensor, block_q: int | None, block_k: int, passes: int) -> _Tiling:
+    group = q.shape[1] // k.shape[1]
+    block_q = max(1, min(q.shape[2], block_q or BLOCK_Q // group))
+    block_k = max(1, min(k.shape[2], block_k))
+    future = torch.ones(block_q, block_q, dtype=torch.bool, device=q.device).triu(1)
+    return _Tiling(group, block_q, block_k, q.new_empty(passes, group * block_q * block_k), future)
 
 
 def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    lse: Tensor | None,
     causal: bool,
     scale: float,
     block_q: int | None,
     block_k: int | None,
-    want_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """O (b, h, t, dv) and, if wanted, L (n, group, t) with n = b·h_kv."""
-    shape = (*q.shape[:-1], v.shape[-1])
-    q, k, v = _fold(q, k, v)
-    (n, group, t, _), s = q.shape, k.shape[1]
+) -> Tensor:
+    """O (b, h, t, dv); L (b, h, t) is written into `lse` if there is one."""
+    batch, h_kv, s, _ = k.shape
     half = q.element_size() == 2
-    block_q = block_q or max(1, BLOCK_Q // group)
-    block_k = block_k or (s if half else BLOCK_K)
-    out = v.new_zeros(n, group, t, v.shape[-1])
-    lse = v.new_full((n, group, t), -math.inf, dtype=_wide(v)) if want_lse else None
+    tiling = _tiling(q, k, block_q, block_k or (s if half else BLOCK_K), passes=1)
+    attend = _fused_softmax if half and tiling.block_k >= s else _online_softmax
 
-    for heads in _heads_at_once(n, group * block_q * min(block_k, s)):
-        for rows, last in _query_blocks(t, s, causal, block_q):
-            tile = q[heads, :, rows]
-            attend = _fused_softmax if half and s <= block_k else _online_softmax
-            o, m = attend(tile, k[heads], v[heads], scale, last, block_k, want_lse)
-            out[heads, :, rows] = o.view(*tile.shape[:-1], -1)
-            if lse is not None:
-                lse[heads, :, rows] = m.view(tile.shape[:-1])
-    return out.view(shape), lse
+    out = v.new_empty(*q.shape[:-1], v.shape[-1])
+    out[:, :, : _blind(q.shape[2], s, causal)] = 0
+    for b, head in product(range(batch), range(h_kv)):
+        heads = slice(head * tiling.group, (head + 1) * tiling.group)  # the query heads that read this key/value head
+        keys, values = k[b, head].contiguous(), v[b, head].contiguous()  # (s, d), (s, dv)
+        for rows, last in _query_blocks(q.shape[2], s, causal, tiling.block_q):
+            row_lse = None if lse is None else lse[b, heads, rows]
+            o = attend(q[b, heads, rows], keys, values, row_lse, scale, last, tiling)
+            out[b, heads, rows] = o.view(tiling.group, -1, v.shape[-1])
+    return out
 
 
 def _online_softmax(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, last: int, block_k: int, want_lse: bool
-) -> tuple[Tensor, Tensor]:
-    """O and L of one block of queries (n, group, rows, d), the first of which sees keys 0 … last."""
-    end = min(k.shape[1], last + q.shape[2])  # keys that some query of the block sees
-    tile_shape = (*q.shape[:3], -1)
-    q = (q * (scale * LOG2E)).flatten(1, 2)  # (n, group·rows, d); scores come out in units of log 2
-    lowest = torch.finfo(q.dtype).min  # instead of −∞, so that −∞ − m is never −∞ + ∞
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, scale: float, last: int, tiling: _Tiling
+) -> Tensor:
+    """O of one block of queries (group, rows, d), the first row of which sees keys 0 … last."""
+    end = min(k.shape[0], last + q.shape[1])  # keys that some query of the block sees
+    q = (q * (scale * LOG2E)).flatten(0, 1)  # (group·rows, d); scores come out in units of log 2
 
-    for j in range(0, end, block_k):
-        keys = slice(j, min(j + block_k, end))
-        scores = torch.bmm(q, k[:, keys].mT).to(_wide(q))  # (n, group·rows, block_k)
-        _hide_future(scores.view(tile_shape), last - j)
-        tile_max = scores.amax(-1, keepdim=True).clamp_(min=lowest)
+    for j in range(0, end, tiling.block_k):
+        kj, vj = (x[j : min(j + tiling.block_k, end)] for x in (k, v))
+        scores = _product(q, kj.mT, tiling.buffers[0])  # (group·rows, block_k)
+        _hide(scores, last - j, tiling)
+        # The lowest number instead of −∞, so that −∞ − m is never −∞ + ∞
+        tile_max = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
         if j == 0:
             m = tile_max
             p = scores.sub_(m).exp2_()
             z = p.sum(-1, keepdim=True)
-            acc = torch.bmm(p.to(v.dtype), v[:, keys]).to(p.dtype)
-            continue
-        m_new = torch.maximum(m, tile_max)
-        p = scores.sub_(m_new).exp2_()
-        rescale = m.sub_(m_new).exp2_()  # what was summed relative to m, relative to m_new
-        z.mul_(rescale).add_(p.sum(-1, keepdim=True))
-        acc.mul_(rescale)
-        if p.dtype == v.dtype:
-            acc.baddbmm_(p, v[:, keys])
+            acc = torch.mm(p.to(v.dtype), vj).to(p.dtype)
         else:
-            acc.add_(torch.bmm(p.to(v.dtype), v[:, keys]))
-        m = m_new
-    return acc.div_(z), z.log_().add_(m, alpha=1 / LOG2E)
+            m_new = torch.maximum(m, tile_max)
+            p = scores.sub_(m_new).exp2_()
+            rescale = m.sub_(m_new).exp2_()  # from units of exp(m) to units of exp(m_new)
+            z.mul_(rescale).add_(p.sum(-1, keepdim=True))
+            _add_product(acc.mul_(rescale), p.to(v.dtype), vj)
+            m = m_new
+    if lse is not None:
+        lse.copy_((z.log() + m / LOG2E).view(lse.shape))
+    return acc.div_(z)
 
 
 def _fused_softmax(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, last: int, block_k: int, want_lse: bool
-) -> tuple[Tensor, Tensor]:
-    """The same where one key block holds the row: nothing to merge, and torch's 16-bit softmax is one pass."""
-    end = min(k.shape[1], last + q.shape[2])
-    tile_shape = (*q.shape[:3], -1)
-    scores = torch.bmm((q * scale).flatten(1, 2), k[:, :end].mT)
-    _hide_future(scores.view(tile_shape), last)
-    lse = scores.float().logsumexp(-1) if want_lse else scores
-    return torch.bmm(scores.softmax(-1), v[:, :end]), lse
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, scale: float, last: int, tiling: _Tiling
+) -> Tensor:
+    """The same for 16 bits and a key block that holds the row: nothing to merge, and torch's softmax is one pass."""
+    end = min(k.shape[0], last + q.shape[1])
+    q = (q * scale).flatten(0, 1)
+    scores = torch.mm(q, k[:end].mT, out=_shaped(tiling.buffers[0], q.shape[0], end))
+    _hide(scores, last, tiling)
+    if lse is not None:
+        lse.copy_(scores.float().logsumexp(-1).view(lse.shape))
+    return torch.mm(scores.softmax(-1), v[:end])
 
 
 def _backward(
@@ -204,70 +219,76 @@ def _backward(
     block_q: int | None,
     block_k: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK and dV: for every key block, the query blocks that see it (FlashAttention-2, Algorithm 2)."""
-    shapes, dtype, wide = (q.shape, k.shape, v.shape), q.dtype, _wide(q)
+    """dQ, dK and dV: each key block against the query blocks that see it (FlashAttention-2, Algorithm 2)."""
+    batch, h_kv, s, _ = k.shape
+    wide = _wide(q)
+    tiling = _tiling(q, k, block_q, block_k or BLOCK_K, passes=2)
     delta = (grad_out.to(wide) * out.to(wide)).sum(-1)  # D (b, h, t)
-    q, k, v = _fold(q, k, v)
-    (n, group, t, _), s = q.shape, k.shape[1]
-    grad_out, delta = grad_out.reshape(n, group, t, v.shape[-1]), delta.reshape(n, group, t)
-    block_q = block_q or max(1, BLOCK_Q // group)
-    block_k = block_k or BLOCK_K
-    dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
+    dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
 
-    for heads in _heads_at_once(n, group * block_q * min(block_k, s)):
-        for j in range(0, s, block_k):
-            for rows, last in _query_blocks(t, s, causal, block_q):
-                keys = slice(j, min(j + block_k, s, last + rows.stop - rows.start))
-                if keys.stop <= j:
-                    continue  # these queries see none of these keys
-                q_tile = (q[heads, :, rows] * (scale * LOG2E)).flatten(1, 2)  # (n, group·rows, d)
-                do_tile = grad_out[heads, :, rows].flatten(1, 2)  # (n, group·rows, dv)
-                k_tile, v_tile = k[heads, keys], v[heads, keys]
-                scores = torch.bmm(q_tile, k_tile.mT).to(wide)
-                tile_shape = (*q[heads, :, rows].shape[:3], -1)
-                _hide_future(scores.view(tile_shape), last - j)
-                p = scores.sub_(lse[heads, :, rows].flatten(1).unsqueeze(-1) * LOG2E).exp2_()
-                dv[heads, keys] += torch.bmm(p.to(dtype).mT, do_tile)
-                dp = torch.bmm(do_tile, v_tile.mT).to(wide)
-                ds = dp.sub_(delta[heads, :, rows].flatten(1).unsqueeze(-1)).mul_(p).to(dtype)
-                dq[heads, :, rows] += torch.bmm(ds, k_tile).view(tile_shape)
-                dk[heads, keys] += torch.bmm(ds.mT, q_tile)
+    for b, head in product(range(batch), range(h_kv)):
+        heads = slice(head * tiling.group, (head + 1) * tiling.group)
+        for j in range(0, s, tiling.block_k):
+            block = slice(j, j + tiling.block_k)
+            kj, vj = k[b, head, block].contiguous(), v[b, head, block].contiguous()
+            for rows, last in _query_blocks(q.shape[2], s, causal, tiling.block_q):
+                seen = min(kj.shape[0], last + rows.stop - rows.start - j)  # keys of this block that some query sees
+                if seen <= 0:
+                    continue
+                qi = (q[b, heads, rows] * (scale * LOG2E)).flatten(0, 1)  # (group·rows, d)
+                doi = grad_out[b, heads, rows].flatten(0, 1)  # (group·rows, dv)
+                scores = _product(qi, kj[:seen].mT, tiling.buffers[0])  # (group·rows, seen)
+                _hide(scores, last - j, tiling)
+                p = scores.sub_(lse[b, heads, rows].reshape(-1, 1) * LOG2E).exp2_()
+                _add_product(dv[b, head, block][:seen], p.to(q.dtype).mT, doi)
+                dp = _product(doi, vj[:seen].mT, tiling.buffers[1])
+                ds = dp.sub_(delta[b, heads, rows].reshape(-1, 1)).mul_(p).to(q.dtype)
+                dq[b, heads, rows] += torch.mm(ds, kj[:seen]).view(tiling.group, -1, q.shape[-1])
+                _add_product(dk[b, head, block][:seen], ds.mT, qi)  # sums over the heads of the group as well
     dq.mul_(scale)
-    dk.mul_(1 / LOG2E)  # q_tile carried scale · log₂e
-    grads = (x.to(dtype).view(shape) for x, shape in zip((dq, dk, dv), shapes, strict=True))
-    return tuple(grads)
+    dk.div_(LOG2E)  # qi carried scale · log₂e
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _fold(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries as (n, group, t, d), keys and values as (n, s, ·), with n = b·h_kv."""
-    n = k.shape[0] * k.shape[1]
-    group = q.shape[1] // k.shape[1]
-    return q.reshape(n, group, *q.shape[2:]), k.flatten(0, 1), v.flatten(0, 1)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    """The dtype in which scores, sums and gradients are kept."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _heads_at_once(n: int, tile: int) -> Iterator[slice]:
-    """Key/value heads one at a time, or as many as make up a tile worth a call into torch."""
-    step = max(1, SHORT // max(1, tile))
-    return (slice(i, i + step) for i in range(0, n, step))
+def _blind(t: int, s: int, causal: bool) -> int:
+    """How many queries, the first ones, see no key at all."""
+    if s == 0:
+        return t
+    return max(0, t - s) if causal else 0
 
 
 def _query_blocks(t: int, s: int, causal: bool, block_q: int) -> Iterator[tuple[slice, int]]:
-    """Blocks of queries that see a key, each with the last key that its first query sees."""
-    if s == 0:
-        return
-    for i in range(max(0, t - s) if causal else 0, t, block_q):
+    """Blocks of the queries that see a key, each with the last key that its first query sees."""
+    for i in range(_blind(t, s, causal), t, block_q):
         yield slice(i, min(i + block_q, t)), i + s - t if causal else s - 1
 
 
-def _hide_future(scores: Tensor, last: int) -> None:
-    """Set to −∞, in place, what row r of a tile (…, rows, keys) may not see: keys after last + r."""
-    rows, keys = scores.shape[-2:]
-    first = max(0, last + 1)  # the first column that any row may not see
-    if first < keys:
-        future = torch.ones(rows, keys - first, dtype=torch.bool, device=scores.device).triu(last + 1 - first)
-        scores[..., first:].masked_fill_(future, -math.inf)
+def _wide(x: Tensor) -> torch.dtype:
+    """The dtype of scores, sums and gradients while they are worked on."""
+    return torch.float32 if x.element_size() == 2 else x.dtype
+
+
+def _shaped(buffer: Tensor, rows: int, columns: int) -> Tensor:
+    return buffer[: rows * columns].view(rows, columns)
+
+
+def _product(a: Tensor, b: Tensor, buffer: Tensor) -> Tensor:
+    """The product of a and b, in `buffer` or, if that is 16 bits, widened."""
+    return torch.mm(a, b, out=_shaped(buffer, a.shape[0], b.shape[1])).to(_wide(a))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a · b to `total`, which may be wider."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(torch.mm(a, b))
+
+
+def _hide(scores: Tensor, last: int, tiling: _Tiling) -> None:
+    """Set to −∞, in place, what row r of each head may not see: the columns after last + r."""
+    rows, columns = scores.shape[0] // tiling.group, scores.shape[1]
+    if last + 1 < columns:
+        first = max(0, last)  # the triangle lies with its corner on column `last`, which may be left of this tile
+        future = tiling.future[:rows, first - last : columns - last]
+        scores.view(tiling.group, rows, columns)[:, :, first:].masked_fill_(future, -math.inf)

@@ -1,8 +1,8 @@
 """Records as pictures: time or memory against size, throughput as bars, and everything under the machine's roof.
 
-Each implementation keeps one colour, one marker, one line style and one hatch
-in all pictures of a report, and lines carry their names at the end, so that a
-picture can be read in black and white. SVG, with text as text.
+Within a picture each implementation has a colour, a marker, a line style and a
+hatch of its own, and lines carry their names at the end, so that the picture can
+be read in black and white. SVG, with text as text.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")  # Okabe & Ito 2008
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
-HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7F7F7F")  # Okabe & Ito 2008
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
+HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--")
+STYLES = len(COLOURS)
 YLABELS = {"time": "time per call (ms)", "memory": "peak memory (MiB)", "throughput": "throughput"}
 
 
@@ -74,7 +75,9 @@ def _panels(plot: Plot, records: Sequence[Record]) -> dict[str, list[Record]]:
 
 def _lines(plot: Plot, records: Sequence[Record], names: Sequence[str]) -> str:
     panels = _panels(plot, records)
-    columns = min(3, len(panels))
+    lines = {title: group for title, group in panels.items() if len({r.case[plot.x] for r in group}) > 1}
+    panels = lines or panels  # a panel with one size says nothing about growth, where others do
+    columns = min(2, len(panels))
     figure, axes = new_figure(columns, -(-len(panels) // columns))
     for ax, (title, group) in zip(axes, panels.items(), strict=False):
         ends = []
@@ -83,8 +86,13 @@ def _lines(plot: Plot, records: Sequence[Record], names: Sequence[str]) -> str:
             if not points:
                 continue
             x, y = zip(*points, strict=True)
-            ax.plot(x, y, color=COLOURS[style % 7], marker=MARKERS[style % 7], linestyle=LINES[style % 7], label=name)
-            ends.append((y[-1], x[-1], name, COLOURS[style % 7]))
+            look = {
+                "color": COLOURS[style % STYLES],
+                "marker": MARKERS[style % STYLES],
+                "linestyle": LINES[style % STYLES],
+            }
+            ax.plot(x, y, **look, label=name)
+            ends.append((y[-1], x[-1], name, COLOURS[style % STYLES]))
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ticks = sorted({r.case[plot.x] for r in group})
@@ -113,15 +121,19 @@ def _name_lines(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
 
 def _bars(plot: Plot, records: Sequence[Record], names: Sequence[str]) -> str:
     panels = _panels(plot, records)
-    figure, axes = new_figure(len(panels), height=2.6)
-    for ax, (title, group) in zip(axes, panels.items(), strict=True):
+    columns = min(2, len(panels))
+    figure, axes = new_figure(columns, -(-len(panels) // columns), height=2.1)
+    for ax in axes[len(panels) :]:
+        ax.set_axis_off()
+    for ax, (title, group) in zip(axes, panels.items(), strict=False):
         present = [name for name in names if any(r.impl == name for r in group)]
         for row, name in enumerate(reversed(present)):
             record = next(r for r in group if r.impl == name)
             value = _value(plot, record)
             assert value is not None
             style = names.index(name)
-            ax.barh(row, value, color=COLOURS[style % 7], hatch=HATCHES[style % 7], alpha=0.75, edgecolor="white")
+            look: dict[str, Any] = {"color": COLOURS[style % STYLES], "hatch": HATCHES[style % STYLES]}
+            ax.barh(row, value, **look, alpha=0.75, edgecolor="white")
             ax.text(value, row, " " + amount(value, ""), va="center", fontsize=8)
         ax.set_yticks(range(len(present)), list(reversed(present)))
         ax.set_xlim(0, 1.22 * max(v for r in group if (v := _value(plot, r)) is not None))
@@ -148,7 +160,7 @@ def roofline(records: Sequence[Record]) -> str | None:
     for line, (label, r) in enumerate(roofs.items()):
         x = sorted({low, r.limit_flops / r.limit_bandwidth, high})
         y = [min(r.limit_flops, v * r.limit_bandwidth) / 1e9 for v in x]
-        ax.plot(x, y, color="black", linestyle=LINES[line % 7], linewidth=1.2, zorder=1)
+        ax.plot(x, y, color="black", linestyle=LINES[line % STYLES], linewidth=1.2, zorder=1)
         text = f"{label}: {amount(r.limit_flops, 'FLOP/s')}"
         ax.annotate(text, (high, y[-1]), (-2, 3), textcoords="offset points", ha="right", fontsize=8)
     gigabytes = max(r.limit_bandwidth for r in roofs.values()) / 1e9
@@ -168,8 +180,8 @@ def roofline(records: Sequence[Record]) -> str | None:
         ax.scatter(
             [r.flops / r.bytes for r in mine],
             [r.flops / r.seconds / 1e9 for r in mine if r.seconds],
-            color=COLOURS[style % 7],
-            marker=MARKERS[style % 7],
+            color=COLOURS[style % STYLES],
+            marker=MARKERS[style % STYLES],
             s=28,
             label=name,
             zorder=2,

@@ -61,9 +61,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def full_name(name: str) -> str:
-    """The technique of this name that has a contract."""
-    technique = catalog.find(name)
-    if technique.contract is None:
-        have = ", ".join(other.name for other in catalog.techniques() if other.contract)
-        raise UsageError(f"{technique.name} has no contract; these have: {have or 'none'}")
-    return technique.name
+    """The technique, or backend of one, of this name that has a contract."""
+    names = catalog.checkable()
+    try:
+        return catalog.resolve(name, names)
+    except LookupError:
+        found = catalog.find(name).name  # raises what to say if there is no such technique either
+    raise UsageError(f"{found} has no contract; these have: {', '.join(names) or 'none'}")

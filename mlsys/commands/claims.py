@@ -11,7 +11,7 @@ from mlsys.commands import UsageError
 PAGE = """# Published numbers, reproduced
 
 Written by `make claims`. *Exact*: equal to the digits that the paper printed. *Approximate*: within the claim's stated
-tolerance. *Disagrees*: outside it, with the reason. Ours is computed by this library's code, never from the published value.
+tolerance. *Disagrees*: outside it, with the reason. Ours is computed by this library, never from the published value.
 
 """
 

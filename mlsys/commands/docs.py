@@ -51,7 +51,7 @@ def pages(root: Path) -> dict[Path, str]:
     for page in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
         text = page.read_text(encoding="utf-8")
         if MARKED.search(text):
-            wanted[page] = MARKED.sub(lambda found: _fill(found, page, root, wanted), text)
+            wanted[page] = MARKED.sub(lambda found, page=page: _fill(found, page, root, wanted), text)  # type: ignore[misc]
     return wanted
 
 

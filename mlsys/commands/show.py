@@ -25,7 +25,9 @@ def run(args: argparse.Namespace) -> int:
     """Print it."""
     technique = catalog.find(args.name)
     if args.source:
-        print(technique.source.read_text(encoding="utf-8"), end="")
+        module = args.name.rpartition(".")[2]  # "flash_triton" asks for that backend's source
+        source = next((b.source for b in technique.backends if b.source.stem == module), technique.source)
+        print(source.read_text(encoding="utf-8"), end="")
     else:
         print(page(technique))
     return 0

@@ -315,7 +315,9 @@ def unchanged(before: Any, after: Any) -> bool:
         return len(before) == len(after) and all(map(unchanged, before, after))
     if isinstance(before, dict):
         return before.keys() == after.keys() and all(unchanged(before[key], after[key]) for key in before)
-    if "__eq__" not in {name for kind in type(before).__mro__[:-1] for name in vars(kind)}:  # two draws of a model or a generator are never equal
+    if "__eq__" not in {
+        name for kind in type(before).__mro__[:-1] for name in vars(kind)
+    }:  # two draws of a model or a generator are never equal
         return True
     return bool(before == after) or (before != before and after != after)
 

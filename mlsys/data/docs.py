@@ -1,6 +1,6 @@
 """A search corpus that every machine has: the docstrings of its own Python installation.
 
-The standard library's source holds about 7,000 public docstrings, written by
+The standard library's source holds 6,000 to 7,000 public docstrings, written by
 people for people, each with a name, a one-line summary and often a body. They
 are read with `ast`, so nothing is imported or run; installed packages can be
 added (`load(["numpy", "torch"])` gives tens of thousands).
@@ -40,7 +40,6 @@ import platform
 import random
 import sys
 import sysconfig
-import tempfile
 import tokenize
 import warnings
 from collections import Counter
@@ -49,6 +48,8 @@ from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
 import platformdirs
+
+from mlsys.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -243,7 +244,10 @@ def _stdlib_source() -> _Source:
 def _package_source(name: str) -> _Source:
     """Where an installed package's source is, found without importing it."""
     if not isinstance(name, str) or not name.isidentifier():
-        raise ValueError(f"packages: {name!r} is not the import name of a top-level package; an example is 'numpy'")
+        raise ValueError(
+            f"packages: {name!r} is not the import name of a top-level package; give the name that `import` uses "
+            "(scikit-learn is imported as sklearn)"
+        )
     try:
         spec = importlib.util.find_spec(name)
     except ValueError:  # a module that was put into sys.modules by hand
@@ -350,7 +354,8 @@ def _cached(source: _Source, folder: Path) -> list[Document]:
     log.info("reading the docstrings of %s %s (once; kept in %s)", source.package, source.version, folder)
     documents = _read(source)
     try:
-        _write_atomically(path, _serialize(documents))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, _serialize(documents))
     except OSError as error:
         log.warning("cannot keep the documents in %s (%s); they will be read again next time", folder, error)
     return documents
@@ -373,18 +378,3 @@ def _parse(data: bytes) -> list[Document]:
     if not isinstance(header, dict) or header.get("sha256") != hashlib.sha256(rows).hexdigest():
         raise ValueError("its checksum is wrong")
     return [Document(*json.loads(row)) for row in rows.splitlines()]
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    """Write the whole file or nothing: a temporary file in the same folder, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

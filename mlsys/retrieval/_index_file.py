@@ -20,7 +20,7 @@ Papers:
     Pillai et al. 2014, "All File Systems Are Not Created Equal", OSDI (why fsync, rename, and fsync of the folder).
 
 See also:
-    `bm25` (saves itself with this).
+    `mlsys.files` (one file, all at once), `bm25` (saves itself with this).
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from mlsys.files import write_atomic
+
 MANIFEST = "index.json"
 
 
@@ -43,7 +45,9 @@ class IndexFileError(ValueError):
     """The folder holds no index, or one that is damaged: the message says which file and what to do."""
 
 
-def write(folder: str | os.PathLike[str], kind: str, settings: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+def write(
+    folder: str | os.PathLike[str], kind: str, settings: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> None:
     """Save `arrays` and the JSON-able `settings` as the index in `folder`, in place of the one there."""
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
@@ -52,9 +56,13 @@ def write(folder: str | os.PathLike[str], kind: str, settings: Mapping[str, Any]
     file = f"arrays-{digest[:16]}.safetensors"
     manifest = {"kind": kind, "settings": dict(settings), "file": file, "bytes": len(data), "sha256": digest}
     manifest["checksum"] = _checksum(manifest)
-    _replace(path / file, data)
-    _replace(path / MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n")
-    for left_over in [*path.glob("arrays-*.safetensors"), *path.glob("*.tmp")]:
+    write_atomic(path / file, data)
+    write_atomic(path / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    for left_over in [
+        *path.glob("arrays-*.safetensors"),
+        *path.glob(".arrays-*.tmp"),
+        *path.glob(f".{MANIFEST}.*.tmp"),
+    ]:
         if left_over.name != file:
             left_over.unlink(missing_ok=True)
 
@@ -105,23 +113,3 @@ def _manifest(path: Path, kind: str) -> dict[str, Any]:
 
 def _checksum(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Put `data` in place of the file, whole or not at all, and on the disk before returning."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if hasattr(os, "O_DIRECTORY"):  # the rename itself, where the system has a way to ask for it
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

@@ -364,7 +364,9 @@ class BM25:
     def _tokenized(self, argument: str, texts: Texts) -> list[Sequence[str]]:
         """Each text as a list of tokens."""
         if isinstance(texts, str | bytes):
-            raise TypeError(f"{argument} must be a list of texts, got the single string {texts!r:.60}: use [{texts!r:.60}]")
+            raise TypeError(
+                f"{argument} must be a list of texts, got the single string {texts!r:.60}: use [{texts!r:.60}]"
+            )
         tokenizer = self.tokenizer
         found: list[Sequence[str]] = []
         for position, text in enumerate(texts):

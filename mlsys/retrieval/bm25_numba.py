@@ -13,8 +13,8 @@ per query, and a sort to build the index. Here:
   and a block is looked into only if that beats the k-th best so far.
 - The best k lie in a heap with the worst on top, so that a large k costs log k.
 
-What does not help at this size: skipping documents by upper bounds (MaxScore,
-WAND) costs more in branches than it saves below some 10⁶ documents.
+What does not help with tens of thousands of documents: skipping some by upper
+bounds (MaxScore, WAND) costs more in branches than it saves in additions.
 
 Cost:
     fit: O(tokens). search: a scatter per posting of rare terms, N/8 to N/16
@@ -39,17 +39,17 @@ from numba import njit
 
 from mlsys.retrieval import bm25
 
+Array = np.ndarray
+
 BLOCK = 16  # scores compared at once
 DENSE_FROM = 16  # a term in more than N / DENSE_FROM documents gets a dense row
 
 
 class BM25(bm25.BM25):
-    """`bm25.BM25` with compiled building and searching; index files are interchangeable.
+    """`bm25.BM25` with compiled building and searching: same parameters, methods, results, and index files.
 
     The first call in a process loads the compiled code (a fraction of a second), the first ever compiles it (seconds).
     """
-
-    __doc__ += bm25.BM25.__doc__ or ""
 
     def _postings(self, terms: np.ndarray, lengths: np.ndarray, n_terms: int) -> tuple[np.ndarray, ...]:
         return _count_postings(terms, lengths, n_terms)
@@ -64,7 +64,16 @@ class BM25(bm25.BM25):
             _search_any_sign(terms, starts, *postings, self.n_documents_, scores, ids)
         return scores, ids
 
-    def _adopt(self, vocabulary, n_documents, average_length, indptr, indices, impacts, absent) -> None:
+    def _adopt(
+        self,
+        vocabulary: dict[str, int],
+        n_documents: int,
+        average_length: float,
+        indptr: np.ndarray,
+        indices: np.ndarray,
+        impacts: np.ndarray,
+        absent: np.ndarray,
+    ) -> None:
         super()._adopt(vocabulary, n_documents, average_length, indptr, indices, impacts, absent)
         frequent = np.flatnonzero(np.diff(indptr) * DENSE_FROM > n_documents)
         self._row_of = np.full(len(vocabulary), -1, np.int32)
@@ -76,7 +85,7 @@ class BM25(bm25.BM25):
 
 
 @njit(cache=True, nogil=True)
-def _count_postings(terms, lengths, n_terms):
+def _count_postings(terms: Array, lengths: Array, n_terms: int) -> tuple[Array, Array, Array]:
     """Term ids of all documents in a row → indptr, document ids and term frequencies, without sorting."""
     last_document = np.full(n_terms, -1, np.int64)
     indptr = np.zeros(n_terms + 1, np.int64)
@@ -110,7 +119,17 @@ def _count_postings(terms, lengths, n_terms):
 
 # The two flags say that no score is NaN, so that a maximum may be taken many at a time. Sums keep their order.
 @njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})
-def _search(terms, starts, indptr, indices, impacts, row_of, rows, best_scores, best_ids):
+def _search(
+    terms: Array,
+    starts: Array,
+    indptr: Array,
+    indices: Array,
+    impacts: Array,
+    row_of: Array,
+    rows: Array,
+    best_scores: Array,
+    best_ids: Array,
+) -> None:
     """Fill best_scores and best_ids (n_queries, k). For positive impacts: a score of 0 is no hit."""
     n_padded = rows.shape[1]
     k = best_scores.shape[1]
@@ -145,7 +164,16 @@ def _search(terms, starts, indptr, indices, impacts, row_of, rows, best_scores, 
 
 
 @njit(cache=True, nogil=True)
-def _search_any_sign(terms, starts, indptr, indices, impacts, n_documents, best_scores, best_ids):
+def _search_any_sign(
+    terms: Array,
+    starts: Array,
+    indptr: Array,
+    indices: Array,
+    impacts: Array,
+    n_documents: int,
+    best_scores: Array,
+    best_ids: Array,
+) -> None:
     """As `_search`, for impacts that may be 0 or negative: which documents matched is noted beside the scores."""
     k = best_scores.shape[1]
     scores = np.empty(n_documents, np.float32)
@@ -170,12 +198,12 @@ def _search_any_sign(terms, starts, indptr, indices, impacts, n_documents, best_
 
 
 @njit(cache=True, nogil=True)
-def _worse(score, document, other_score, other_document):
+def _worse(score: float, document: int, other_score: float, other_document: int) -> bool:
     return score < other_score or (score == other_score and document > other_document)
 
 
 @njit(cache=True, nogil=True)
-def _push(scores, ids, size, score, document):
+def _push(scores: Array, ids: Array, size: int, score: float, document: int) -> int:
     """Add to the heap, whose top is its worst entry; if it is full, in place of that. Returns its new size."""
     if size < len(scores):
         at = size
@@ -192,7 +220,7 @@ def _push(scores, ids, size, score, document):
 
 
 @njit(cache=True, nogil=True)
-def _replace_top(scores, ids, size, score, document):
+def _replace_top(scores: Array, ids: Array, size: int, score: float, document: int) -> None:
     """Put an entry in place of the top of the first `size`, and let it sink below children that are worse."""
     at = 0
     while True:
@@ -209,7 +237,7 @@ def _replace_top(scores, ids, size, score, document):
 
 
 @njit(cache=True, nogil=True)
-def _sort(scores, ids, size):
+def _sort(scores: Array, ids: Array, size: int) -> None:
     """Turn the heap into a list, best first: take the worst off the top, and put it where the heap ended."""
     for end in range(size - 1, 0, -1):
         score, document = scores[0], ids[0]

@@ -44,7 +44,9 @@ def mrr(ids: np.ndarray, relevant: Relevant, k: int) -> float:
     ValueError if the shapes do not fit, or a query has no relevant document.
     """
     rows = _rows(ids, relevant, k)
-    return float(np.mean([max((1 / rank for rank, i in enumerate(row, 1) if i in wanted), default=0.0) for row, wanted in rows]))
+    return float(
+        np.mean([max((1 / rank for rank, i in enumerate(row, 1) if i in wanted), default=0.0) for row, wanted in rows])
+    )
 
 
 def _rows(ids: np.ndarray, relevant: Relevant, k: int) -> list[tuple[list[int], set[int]]]:

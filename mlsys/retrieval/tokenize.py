@@ -19,6 +19,7 @@ Memory:
 Papers:
     Manning, Raghavan & Schütze 2008, "Introduction to Information Retrieval", §2.2 (tokens, stop words, case).
     The stop words are the 33 of Lucene's `EnglishAnalyzer`.
+    Porter 1980, "An algorithm for suffix stripping", Program 14(3), steps 1a and 1b (`stem`).
 
 See also:
     `bm25` (takes a tokenizer, or tokens made by any other).
@@ -30,11 +31,13 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
-ENGLISH = frozenset(
+_LUCENE_STOPWORDS = (
     "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this "
-    "to was will with".split()  # noqa: SIM905 (words are easier to read than a list of strings)
+    "to was will with"
 )
+ENGLISH = frozenset(_LUCENE_STOPWORDS.split())
 
+_VOWEL = re.compile(r"[aeiouy]")
 # between lower and upper case (parse|Date), before the last capital of a run (HTTP|Server), and at underscores
 _BOUNDARY = re.compile(r"_+|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
@@ -48,6 +51,7 @@ class Tokenizer:
     stopwords:         words to leave out: None, "english" (33 words), or a frozenset of your own.
     split_identifiers: also give the parts of snake_case and camelCase names, before the whole name.
     min_length:        leave out tokens with fewer characters.
+    stem:              cut English endings off, so that "parsed" and "parsing" find "parse" (see `stem`).
 
     Raises TypeError or ValueError for an option that makes no tokenizer.
     """
@@ -57,10 +61,11 @@ class Tokenizer:
     stopwords: frozenset[str] | str | None = None
     split_identifiers: bool = False
     min_length: int = 1
+    stem: bool = False
 
     def __post_init__(self) -> None:
         """Check the options."""
-        for name in ("lowercase", "split_identifiers"):
+        for name in ("lowercase", "split_identifiers", "stem"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.pattern, str):
@@ -105,8 +110,8 @@ class Tokenizer:
             tokens = self._find.findall(text.lower() if self.lowercase else text)
         if self._left_out:
             tokens = [token for token in tokens if token not in self._left_out]
-        shortest = max(self.min_length, 1)  # a pattern may match the empty string; that is never a word
-        return [token for token in tokens if len(token) >= shortest]
+        tokens = [token for token in tokens if len(token) >= self.min_length]
+        return [stem(token) for token in tokens] if self.stem else tokens
 
 
 def split_identifier(name: str) -> list[str]:
@@ -116,3 +121,26 @@ def split_identifier(name: str) -> list[str]:
     """
     parts = [part for part in _BOUNDARY.split(name) if part]
     return [name] if len(parts) < 2 else [*parts, name]
+
+
+def stem(word: str) -> str:
+    """An English word without plural -s, -ed, -ing and final -e: "copies", "copied" → "copy", "parsing" → "pars".
+
+    Nearly the first step of Porter's algorithm, and of its last the final -e. What comes out need not be a word; what
+    matters is that a word's forms meet. Words of three letters or fewer stay as they are.
+    """
+    if len(word) <= 3:
+        return word
+    if word.endswith(("ies", "ied")) and len(word) > 4:
+        return word[:-3] + "y"
+    if word.endswith("sses"):
+        word = word[:-2]
+    elif word.endswith("s") and not word.endswith(("ss", "us", "is")):
+        word = word[:-1]
+    for ending in ("ed", "ing"):
+        rest = word.removesuffix(ending)
+        if rest != word and len(rest) > 2 and _VOWEL.search(rest):
+            doubled = rest[-1] == rest[-2] and rest[-1] not in "aeioulsz"
+            word = rest[:-1] if doubled else rest
+            break
+    return word[:-1] if word.endswith("e") and len(word) > 3 else word

@@ -19,7 +19,7 @@ HERE = {
     "system": "Linux",
     "python": "3.11",
 }
-PAGE = "before\n<!-- bench attention.flash -->\nold\n<!-- /bench -->\nafter\n"
+PAGE = "before\n<!-- bench attention.flash -->\nstale figures\n<!-- /bench -->\nafter\n"
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_fills_between_the_markers_only(checkout):
     text = (checkout / "README.md").read_text()
     assert text.startswith("before\n<!-- bench attention.flash -->\n")
     assert text.endswith("<!-- /bench -->\nafter\n")
-    assert "old" not in text
+    assert "stale figures" not in text
     assert "512 µs" in text
     assert "Toy CPU" in text
     picture = checkout / "docs" / "img" / "toy.attention.flash.1.svg"

@@ -1,0 +1,119 @@
+"""The BM25 contract accepts both references, and rejects and names every wrong variant."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+from rank_bm25 import BM25Okapi
+
+from mlsys.contracts.core import check
+from mlsys.contracts.retrieval import CASES, CONTRACTS, CORPORA, Plain, inputs
+from mlsys.retrieval.bm25 import BM25
+
+CONTRACT = CONTRACTS["bm25"]
+
+
+@pytest.mark.parametrize("name", sorted(CONTRACTS))
+@pytest.mark.parametrize("seed", range(3))
+def test_accepts_the_reference(name, seed):
+    verdict = check(CONTRACTS[name], CONTRACTS[name].reference, seed=seed)
+    assert verdict.passed, str(verdict)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", sorted(CONTRACT.wrong))
+def test_rejects_and_names_the_wrong_variant(name, seed):
+    verdict = check(CONTRACT, CONTRACT.wrong[name].impl, seed=seed)
+    assert not verdict.passed
+    assert verdict.failure.like == name
+    assert verdict.failure.hint == CONTRACT.wrong[name].hint
+
+
+def test_the_oracle_is_rank_bm25_and_the_formula():
+    """The oracle is not taken from the reference, so it needs a witness of its own."""
+    for case in CASES:
+        drawn = inputs(case, 0, "cpu")
+        plain = Plain(drawn["variant"], drawn["k1"], drawn["b"]).fit(drawn["documents"])
+        for query in drawn["queries"]:
+            got = [plain.score(query, document) for document in range(len(drawn["documents"]))]
+            if drawn["variant"] == "okapi":
+                want = BM25Okapi(drawn["documents"], k1=drawn["k1"], b=drawn["b"]).get_scores(query)
+                np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
+    one = Plain("lucene", 1.2, 0.5).fit([["a", "a", "b"], ["b"]])
+    assert one.score(["a"], 0) == pytest.approx(math.log(2) * 2 / (2 + 1.2 * (0.5 + 0.5 * 1.5)))
+
+
+def test_inputs_are_the_same_for_the_same_seed():
+    for case in CASES:
+        assert inputs(case, 3, "cpu") == inputs(case, 3, "cpu")
+        assert case["k"] <= len(inputs(case, 3, "cpu")["documents"])
+    assert {case["corpus"] for case in CASES} == set(CORPORA)
+
+
+class Swapped(BM25):
+    def search(self, queries, k=10):
+        return super().search(queries, k)[::-1]
+
+
+class Short(BM25):
+    def search(self, queries, k=10):
+        scores, ids = super().search(queries, k)
+        return scores[:, :-1], ids[:, :-1]
+
+
+class Alone(BM25):
+    def search(self, queries, k=10):
+        return super().search(queries, k)[1]
+
+
+class Greedy(BM25):
+    """Consumes its input."""
+
+    def fit(self, documents):
+        super().fit(documents)
+        documents.clear()
+        return self
+
+
+class Twice(BM25):
+    """Returns the best document for every rank whose score is near: the same one twice."""
+
+    def search(self, queries, k=10):
+        scores, ids = super().search(queries, k)
+        same = np.isclose(scores[:, 1:], scores[:, :-1], rtol=1e-6) & (ids[:, 1:] >= 0)
+        ids[:, 1:][same] = ids[:, :-1][same]
+        return scores, ids
+
+
+@pytest.mark.parametrize(
+    ("impl", "message"),
+    [
+        (Swapped, r"the order is \(scores, ids\)"),
+        (Short, "shape"),
+        (Alone, r"expected the tuple \(scores, ids\)"),
+        (Greedy, "modified its argument documents"),
+        (Twice, "is returned 2 times|comes first"),
+        (lambda **_: None, "AttributeError"),
+    ],
+)
+def test_rejects_what_is_no_index(impl, message):
+    verdict = check(CONTRACT, impl)
+    assert not verdict.passed
+    assert re.search(message, str(verdict.failure)), str(verdict)
+
+
+def test_near_ties_may_stand_either_way():
+    """Float32 cannot tell scores apart that differ in the ninth digit, and need not."""
+
+    class Swaps(BM25):
+        def search(self, queries, k=10):
+            scores, ids = super().search(queries, k)
+            for row in range(len(ids)):
+                for rank in range(k - 1):
+                    a, b = ids[row, rank : rank + 2]
+                    if a >= 0 <= b and 0 < abs(scores[row, rank] - scores[row, rank + 1]) < 1e-6:
+                        ids[row, [rank, rank + 1]] = b, a
+            return scores, ids
+
+    assert check(CONTRACT, Swaps).passed
