@@ -86,7 +86,7 @@ def _lines(plot: Plot, records: Sequence[Record], names: Sequence[str]) -> str:
             if not points:
                 continue
             x, y = zip(*points, strict=True)
-            look = {
+            look: dict[str, Any] = {
                 "color": COLOURS[style % STYLES],
                 "marker": MARKERS[style % STYLES],
                 "linestyle": LINES[style % STYLES],
