@@ -19,6 +19,7 @@ See also:
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mlsys.attention import flash, naive
 from mlsys.contracts.core import Case, Contract, Inputs, Mismatch, Results, Wrong
 
+SIGNATURE = "attention(q, k, v, *, causal=False, scale=None"
 ROUNDINGS = 16  # rounding units allowed per level of a pairwise sum
 
 
@@ -66,7 +68,7 @@ def case(
     }
 
 
-CASES = [
+FORWARD = [
     case(4),
     case(5, 7, b=2, h=3, dv=5),
     case(6, causal=True),
@@ -84,6 +86,8 @@ CASES = [
     case(64, 64, d=32, dtype="bfloat16", causal=True),
     case(33, 70, d=32, dtype="bfloat16"),
     case(11, 13, h=2, dtype="float64", causal=True),
+]
+BACKWARD = [
     case(5, 6, backward=True),
     case(17, 17, h=2, causal=True, backward=True),
     case(7, 12, h=4, h_kv=2, dv=6, causal=True, backward=True),
@@ -91,12 +95,14 @@ CASES = [
     case(140, 150, d=16, causal=True, backward=True, scale=0.2),
     case(12, 10, d=16, backward=True, dtype="bfloat16"),
 ]
-TILED = [
+TILED_FORWARD = [
     {**case(10, 13, h=2, causal=True), "block_q": 3, "block_k": 4},
-    {**case(9, 4, causal=True, backward=True), "block_q": 2, "block_k": 3},
-    {**case(20, 23, h=4, h_kv=2, causal=True, backward=True), "block_q": 5, "block_k": 7},
     {**case(16, 60, scores="rising"), "block_q": 16, "block_k": 8},
     {**case(40, 33, dtype="bfloat16"), "block_q": 16, "block_k": 8},
+]
+TILED_BACKWARD = [
+    {**case(9, 4, causal=True, backward=True), "block_q": 2, "block_k": 3},
+    {**case(20, 23, h=4, h_kv=2, causal=True, backward=True), "block_q": 5, "block_k": 7},
     {**case(1024, d=16, causal=True, backward=True), "block_q": 128, "block_k": 128, "linear_memory": True},
 ]
 
@@ -131,6 +137,7 @@ def call(impl: Callable[..., Any], inputs: Inputs) -> Results:
     backward = "grad_out" in inputs
     qkv = [inputs[name].requires_grad_(backward) for name in "qkv"]
     limit = inputs["q"].shape[2] * inputs["k"].shape[2] if inputs.get("linear_memory") else None
+    _accepts(impl, options)
     with _Allocations(limit) as allocations:
         out = impl(*qkv, **options)
         if not isinstance(out, Tensor):
@@ -148,6 +155,17 @@ def call(impl: Callable[..., Any], inputs: Inputs) -> Results:
             f"(t = s = {inputs['q'].shape[2]}): flash attention holds one tile of block_q × block_k at a time"
         )
     return results
+
+
+def _accepts(impl: Callable[..., Any], options: dict[str, Any]) -> None:
+    """Mismatch, with the signature that is wanted, if `impl` cannot be called with three tensors and these options."""
+    try:
+        inspect.signature(impl).bind(None, None, None, **options)
+    except TypeError as error:
+        blocks = ", block_q=None, block_k=None" if "block_q" in options else ""
+        raise Mismatch(f"cannot be called as {SIGNATURE}{blocks}): {error}") from None
+    except ValueError:
+        return  # a builtin that does not tell its signature
 
 
 def _gradients(out: Tensor, qkv: list[Tensor], grad_out: Tensor) -> Results:
@@ -174,7 +192,9 @@ class _Allocations(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if self.limit is not None:
             for x in result if isinstance(result, tuple | list) else (result,):
-                if isinstance(x, Tensor) and x.numel() >= self.limit and self.largest is None:
+                # the storage, since an expanded view has many elements and holds few
+                held = x.untyped_storage().nbytes() // x.element_size() if isinstance(x, Tensor) else 0
+                if held >= self.limit and self.largest is None:
                     self.largest = tuple(x.shape)
         return result
 
@@ -279,9 +299,10 @@ def _blocks(
     group, s = h // k.shape[1], k.shape[2]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     unseen = torch.ones(t, s, dtype=torch.bool, device=q.device).triu(s - t + 1 if options.get("causal") else s)
-    scores = (q @ k.mT * (d**-0.5 if scale is None else scale)).float().masked_fill(unseen, -1e30)
-    m = q.new_full((*q.shape[:-1], 1), -1e30, dtype=torch.float32)
-    z, acc = torch.zeros_like(m), torch.zeros((*q.shape[:-1], v.shape[-1]), device=q.device)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q @ k.mT * (d**-0.5 if scale is None else scale)).to(wide).masked_fill(unseen, -1e30)
+    m = q.new_full((*q.shape[:-1], 1), -1e30, dtype=wide)
+    z, acc = torch.zeros_like(m), m.new_zeros((*q.shape[:-1], v.shape[-1]))
     end = max(block, s - s % block) if drop else s
     for j in range(0, end, block):
         tile = scores[..., j : j + block]
@@ -289,7 +310,7 @@ def _blocks(
         p = torch.exp(tile - new).masked_fill(unseen[:, j : j + block], 0.0)
         rescale = torch.exp(m - new)
         z = z * (1.0 if keep_z else rescale) + p.sum(-1, keepdim=True)
-        acc = acc * (1.0 if stale else rescale) + p @ v[..., j : j + block, :].float()
+        acc = acc * (1.0 if stale else rescale) + p @ v[..., j : j + block, :].to(wide)
         m = new
     return (acc / z.masked_fill(z == 0, 1.0)).to(q.dtype)
 
@@ -391,14 +412,13 @@ WRONG = {
     "modifies_q": Wrong(_modifies_q, "work on a copy: the caller's q is not yours to scale in place"),
 }
 
-SIGNATURE = "attention(q, k, v, *, causal=False, scale=None"
 COMMON: dict[str, Any] = {"inputs": inputs, "call": call, "oracle": oracle, "tolerance": tolerance}
 CONTRACTS = {
     "naive": Contract(
         name="attention.naive",
         signature=f"{SIGNATURE}) -> (batch, heads, t, dv)",
         reference=naive.attention,
-        cases=CASES,
+        cases=[*FORWARD, *BACKWARD],
         wrong=WRONG,
         **COMMON,
     ),
@@ -406,7 +426,7 @@ CONTRACTS = {
         name="attention.flash",
         signature=f"{SIGNATURE}, block_q=None, block_k=None) -> (batch, heads, t, dv)",
         reference=flash.attention,
-        cases=[*CASES, *TILED],
+        cases=[*FORWARD, *TILED_FORWARD, *BACKWARD, *TILED_BACKWARD],
         wrong={
             **WRONG,
             "materialises_scores": Wrong(

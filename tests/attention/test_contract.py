@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from mlsys.attention import flash
 from mlsys.contracts import check, find
 
 
@@ -49,7 +50,7 @@ HELPFUL = {
     "no gradient": (lambda q, k, v, **o: baseline(q.detach(), k.detach(), v.detach(), **o), "output has no gradient"),
     "no gradient of k": (lambda q, k, v, **o: baseline(q, k.detach(), v, **o), "no gradient reaches k"),
     "wrong shape": (lambda q, k, v, **o: baseline(q, k, v, **o)[:, :, :1], "shape"),
-    "no options": (lambda q, k, v: baseline(q, k, v), "unexpected keyword argument 'causal'"),
+    "no options": (lambda q, k, v: baseline(q, k, v), "cannot be called as .*unexpected keyword argument 'causal'"),
     "no blocks": (lambda q, k, v, *, causal=False, scale=None: baseline(q, k, v, causal=causal, scale=scale),
                   "block_q"),
     "nan": (lambda q, k, v, **o: baseline(q, k, v, **o) * float("nan"), "nan"),
@@ -62,3 +63,20 @@ def test_other_mistakes_are_told_plainly(name):
     failure = check(find("attention.flash"), impl).failure
     assert failure is not None
     assert re.search(message, failure.message), failure.message
+
+
+def test_an_expanded_view_is_not_an_allocation():
+    def views(q, k, v, *, causal=False, scale=None, block_q=None, block_k=None):
+        torch.zeros(1, 1, dtype=q.dtype).expand(q.shape[2], k.shape[2])
+        return flash.attention(q, k, v, causal=causal, scale=scale, block_q=block_q, block_k=block_k)
+
+    assert check(find("attention.flash"), views).passed
+
+
+def test_an_online_softmax_in_float32_is_told_what_is_wrong_in_float64_and_no_fairy_tale():
+    def narrow(q, k, v, **options):
+        return baseline(q.float(), k.float(), v.float(), **options).to(q.dtype)
+
+    failure = check(find("attention.naive"), narrow).failure
+    assert failure.case["dtype"] == "float64"
+    assert failure.like is None
