@@ -112,7 +112,13 @@ bench = Benchmark(
     contract="attention.flash",
     memory=True,
     plots=(
-        Plot(x="n", xlabel="sequence length n", panel=("dtype", "causal"), only=lambda case: not case["backward"]),
+        Plot(
+            x="n",
+            xlabel="sequence length n",
+            panel=("dtype", "causal"),
+            per="heads",  # the largest size has fewer
+            only=lambda case: not case["backward"],
+        ),
         Plot(
             x="n",
             xlabel="sequence length n",

@@ -22,7 +22,7 @@ from mlsys.retrieval.tokenize import Tokenizer
 
 Case = Mapping[str, Any]
 K = 10
-WIDE = ("numpy", "torch", "sklearn")
+WIDE = ("numpy", "torch", "numba")  # what mlsys itself needs, so that every installation has them
 
 
 @dataclass

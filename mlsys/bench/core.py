@@ -64,12 +64,13 @@ class Impl:
 
 @dataclass(frozen=True)
 class Plot:
-    """What the benchmark's picture shows: `y` over `x`, one panel for each value of `panel`."""
+    """What the benchmark's picture shows: `y` over `x`, one panel for each value of `panel`; time divided by case[`per`]."""
 
     x: str
     xlabel: str
     panel: tuple[str, ...] = ()
     y: Literal["time", "memory", "throughput"] = "time"
+    per: str | None = None
     only: Callable[[Case], bool] = lambda case: True
 
 

@@ -25,7 +25,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--")
 STYLES = len(COLOURS)
-YLABELS = {"time": "time per call (ms)", "memory": "peak memory (MiB)", "throughput": "throughput"}
+YLABELS = {"time": "time per {per} (ms)", "memory": "peak memory (MiB)", "throughput": "throughput"}
 
 
 def new_figure(columns: int, rows: int = 1, width: float = 4.6, height: float = 3.6) -> tuple[Figure, list[Axes]]:
@@ -62,7 +62,9 @@ def _value(plot: Plot, record: Record) -> float | None:
         return None if record.peak_bytes is None else record.peak_bytes / 2**20
     if record.seconds is None:
         return None
-    return record.items / record.seconds if plot.y == "throughput" else record.seconds * 1e3
+    if plot.y == "throughput":
+        return record.items / record.seconds
+    return record.seconds * 1e3 / (record.case[plot.per] if plot.per else 1)
 
 
 def _panels(plot: Plot, records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -100,7 +102,9 @@ def _lines(plot: Plot, records: Sequence[Record], names: Sequence[str]) -> str:
         ax.set_xlim(ticks[0] / 1.15, ticks[-1] * 2.1)  # room for the names at the ends of the lines
         ax.minorticks_off()
         ax.grid(True, which="major", alpha=0.3)
-        ax.set(title=title, xlabel=plot.xlabel, ylabel=YLABELS[plot.y])
+        ax.set(
+            title=title, xlabel=plot.xlabel, ylabel=YLABELS[plot.y].format(per=(plot.per or "call").removesuffix("s"))
+        )
         _name_lines(ax, ends)
     for ax in axes[len(panels) :]:
         ax.set_axis_off()

@@ -66,13 +66,16 @@ def run(args: argparse.Namespace) -> int:
         except ValueError as error:
             raise UsageError(str(error)) from None
         plan += [(chosen, case) for case in (cases[:1] if args.smoke else cases)]
-    records = _measure(plan, args, size)
-    _print(records, as_json=args.json)
-    if args.save and not args.smoke:
-        from mlsys.bench.records import save
+    records: list[Record] = []
+    try:
+        _measure(plan, args, size, records)
+    finally:  # also when a case fails or the user stops: what was measured is printed and saved
+        _print(records, as_json=args.json)
+        if args.save and not args.smoke:
+            from mlsys.bench.records import save
 
-        for path in save(records, args.results):
-            print(f"saved {path}", file=sys.stderr)
+            for path in save(records, args.results):
+                print(f"saved {path}", file=sys.stderr)
     if args.report:
         from mlsys.bench import report
 
@@ -122,10 +125,10 @@ def _check_device(device: str) -> None:
             raise UsageError("--device cuda: torch finds no CUDA device here; leave --device out to run on the CPU")
 
 
-def _measure(plan: list[tuple[Benchmark, Case]], args: argparse.Namespace, size: Size) -> list[Record]:
+def _measure(plan: list[tuple[Benchmark, Case]], args: argparse.Namespace, size: Size, records: list[Record]) -> None:
+    """Run the plan, adding to `records` as it goes."""
     from mlsys.bench.core import run as run_benchmark
 
-    records: list[Record] = []
     with _progress(len(plan)) as (announce, advance):
         for bench, case in plan:
             records += run_benchmark(
@@ -139,7 +142,6 @@ def _measure(plan: list[tuple[Benchmark, Case]], args: argparse.Namespace, size:
                 announce=announce,
             )
             advance()
-    return records
 
 
 @contextlib.contextmanager

@@ -63,6 +63,25 @@ def test_times_saves_and_reports(capsys, tmp_path, monkeypatch):
     assert capsys.readouterr().out.rstrip().endswith("index.html")
 
 
+def test_what_was_measured_is_saved_when_a_later_case_fails(capsys, tmp_path, monkeypatch):
+    from mlsys.bench import core
+
+    ran = core._run_case
+
+    def fails_at_the_second(bench, case, *rest):
+        if case["n"] != 512:
+            raise MemoryError("too large for this test")
+        return ran(bench, case, *rest)
+
+    monkeypatch.setattr(core, "_run_case", fails_at_the_second)
+    arguments = ["bench", "attention.flash", "--quick", "--dtype", "float32", "--save", "--results", str(tmp_path)]
+    with pytest.raises(MemoryError):
+        main(arguments)
+    (saved,) = tmp_path.glob("*/attention.flash.jsonl")
+    assert len(saved.read_text().splitlines()) == 3
+    assert "n=512" in capsys.readouterr().out
+
+
 def test_your_function_joins_the_table_once_it_passes(capsys, tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text(RIGHT)
