@@ -64,7 +64,7 @@ class Impl:
 
 @dataclass(frozen=True)
 class Plot:
-    """What the benchmark's picture shows: `y` over `x`, one panel for each value of `panel`; time divided by case[`per`]."""
+    """What the picture shows: `y` over `x`, one panel for each value of `panel`; a time is divided by case[`per`]."""
 
     x: str
     xlabel: str

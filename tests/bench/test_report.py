@@ -24,7 +24,7 @@ HERE = {
 def record(impl, role, n, seconds):
     return Record(
         benchmark="attention.flash",
-        case={"n": n, "dtype": "float32", "causal": True, "backward": False},
+        case={"n": n, "heads": 8, "dtype": "float32", "causal": True, "backward": False},
         impl=impl,
         role=role,
         status="ok",

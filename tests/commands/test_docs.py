@@ -29,7 +29,7 @@ def checkout(tmp_path):
     records = [
         Record(
             "attention.flash",
-            {"n": n, "dtype": "float32", "causal": True, "backward": False},
+            {"n": n, "heads": 8, "dtype": "float32", "causal": True, "backward": False},
             "flash",
             "ours",
             "ok",
