@@ -68,6 +68,16 @@ def test_check_writes_nothing_and_fails_until_filled(checkout):
     assert main(["docs", "--root", str(checkout), "--check"]) == 0
 
 
+def test_a_picture_of_other_records_is_out_of_date_and_one_drawn_by_another_matplotlib_is_not(checkout):
+    main(["docs", "--root", str(checkout)])
+    picture = checkout / "docs" / "img" / "toy.attention.flash.1.svg"
+    picture.write_text(picture.read_text().replace("<path", "<path ", 1))
+    assert main(["docs", "--root", str(checkout), "--check"]) == 0
+    saved = checkout / "results" / "toy" / "attention.flash.jsonl"
+    saved.write_text(saved.read_text().replace('"runs": 5', '"runs": 6'))
+    assert main(["docs", "--root", str(checkout), "--check"]) == 1
+
+
 def test_what_is_not_measured_says_so(checkout):
     (checkout / "README.md").write_text("<!-- bench retrieval.bm25 -->\n<!-- /bench -->\n")
     main(["docs", "--root", str(checkout)])
