@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _same(path: Path, text: str) -> bool:
-    """A page must be equal; a picture must be of the same records, for each matplotlib draws it a little differently."""
+    """A page must be equal; a picture must be of the same records, since each matplotlib draws a little differently."""
     old = path.read_text(encoding="utf-8")
     return old.splitlines()[-1:] == text.splitlines()[-1:] if path.suffix == ".svg" else old == text
 
