@@ -19,7 +19,7 @@ $(READY): pyproject.toml
 	  f"mlsys needs Python 3.11 or newer, this is {v.major}.{v.minor}: make PYTHON=python3.12 …")'
 	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing into $(VENV) (a few minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench,test,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench,text,test,dev]'
 	@touch $(READY)
 
 bench: $(READY)  ## run the benchmarks in their quick size; writes report/index.html

@@ -23,6 +23,9 @@ COMMANDS = {
     "check": "run a technique's contract on an implementation, yours or the library's",
     "bench": "time techniques beside the reference and the production peer",
     "search": "search the documentation of the Python you run (retrieval.bm25 at work)",
+    "cost": "what training, serving or an all-reduce should cost, every formula with its numbers",
+    "roofline": "place measured records under the roof of their machine, or of a published one",
+    "train": "train a small transformer on your Python's own source, and sample from it",
     "claims": "published numbers that the library reproduces",
     "docs": "write measured tables and generated pages into the documentation",
 }
@@ -33,11 +36,16 @@ EXAMPLES = """examples:
   mlsys check attention.flash my.py:my_flash        is mine right?
   mlsys bench attention.flash --impl my.py:my_flash how fast is it?
   mlsys search "parse a date string"
+  mlsys cost train --model gpt3 --gpus 1024 --tp 8 --pp 16
+  mlsys train --minutes 1
   mlsys COMMAND --help                              all about one command
 """
 
-# What goes wrong for a reason that the user can do something about; anything else is a bug of ours and shows as one.
+# What goes wrong for a reason that the user can do something about is one line; any other exception is a bug of ours
+# and shows its traceback. Some kinds may be either: where it is not our code that raised one, the line says how to see.
 EXPECTED = (UsageError, ValueError, TypeError, LookupError, OSError, ImportError)
+DOUBTFUL = (ValueError, TypeError, LookupError)
+OURS = ("mlsys", "mlsys_benchmarks")  # how our modules' names begin
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EXPECTED as error:
         if debug:
             raise
-        print(f"mlsys: {message(error)}", file=sys.stderr)
+        hint = "; `--debug` shows where" if isinstance(error, DOUBTFUL) and not deliberate(error) else ""
+        print(f"mlsys: {message(error)}{hint}", file=sys.stderr)
         return 2
     return status
 
@@ -80,6 +89,20 @@ def message(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("mlsys"):
         text += "; `pip install 'mlsys-reference[bench]'` has what the benchmarks need"
     return text
+
+
+def deliberate(error: BaseException) -> bool:
+    """Whether a `raise` of ours brought it up, and not an expression that failed or somebody else's code."""
+    import dis
+
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None:
+        return False
+    module = last.tb_frame.f_globals.get("__name__", "")
+    code = last.tb_frame.f_code.co_code
+    return module.partition(".")[0] in OURS and dis.opname[code[last.tb_lasti]] == "RAISE_VARARGS"
 
 
 def _run(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""Saving a file so that a crash leaves the old one or the new one, never half of either.
+"""Saving a file so that a crash leaves the old one or the new one, never half of either; and where the cache is.
 
 Writing over a file in place destroys it first. So: write a temporary file in the
 same folder, force it to disk, rename it over the old one (a rename within a file
@@ -17,6 +17,13 @@ import contextlib
 import os
 import secrets
 from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where everything is kept that can be made again: the folder MLSYS_CACHE, else the platform's for this user."""
+    import platformdirs
+
+    return Path(os.environ.get("MLSYS_CACHE") or platformdirs.user_cache_dir("mlsys", appauthor=False))
 
 
 def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> Path:

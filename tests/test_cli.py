@@ -139,6 +139,24 @@ def test_expected_errors_are_one_line_unless_debugging(capsys, command, error, s
             cli.main(["--debug", "list"] if where == "before" else ["list", "--debug"])
 
 
+def test_what_may_be_a_bug_says_how_to_see_it(capsys, monkeypatch):
+    def failing(source, module):
+        scope = {"__name__": module}
+        exec(f"def run(args):\n    {source}", scope)
+        monkeypatch.setattr(list_command, "run", scope["run"])
+        return fails(capsys, "list")
+
+    hint = "; `--debug` shows where"
+    for source in ("{}['key']", "int('x')", "None + 1", "import json; json.loads('{')"):
+        assert failing(source, "mlsys.toys").endswith(hint)
+    for source in ("raise KeyError('key')", "raise ValueError(\n'x')", "raise TypeError() from OSError()"):
+        assert hint not in failing(source, "mlsys.toys")
+        assert hint not in failing(source, "mlsys_benchmarks.toys.sums")
+        assert failing(source, "mlsystem").endswith(hint)  # somebody else's
+    for source in ("open('nowhere')", "import no_such_module"):
+        assert hint not in failing(source, "mlsys.toys")
+
+
 def test_a_bug_of_ours_is_not_hidden(command):
     def run(args):
         raise ZeroDivisionError

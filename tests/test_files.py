@@ -1,10 +1,12 @@
-"""`write_atomic`: the new file or the old one, never half of either, and nothing else left behind."""
+"""`write_atomic`: the new file or the old one, never half of either, and nothing else left behind; one cache."""
 
 import os
 import stat
 
+import platformdirs
 import pytest
 
+from mlsys import files
 from mlsys.files import write_atomic
 
 
@@ -85,3 +87,25 @@ def test_clear_errors(tmp_path):
     with pytest.raises(IsADirectoryError, match="it is a folder"):
         write_atomic(tmp_path, "")
     assert not list(tmp_path.iterdir())
+
+
+def test_cache_folder_is_the_users_unless_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLSYS_CACHE", str(tmp_path))
+    assert files.cache_folder() == tmp_path
+    monkeypatch.setenv("MLSYS_CACHE", "")
+    theirs = files.cache_folder()
+    monkeypatch.delenv("MLSYS_CACHE")
+    assert files.cache_folder() == theirs
+    assert theirs.is_absolute()
+    assert "mlsys" in theirs.parts
+
+
+def test_everything_is_kept_in_the_same_folder(tmp_path, monkeypatch):
+    from mlsys.data import docs, text
+    from mlsys.perf import _measure
+
+    monkeypatch.delenv("MLSYS_CACHE", raising=False)
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda *names, **settings: str(tmp_path / str(settings)))
+    assert docs.default_cache_dir() == files.cache_folder() / "docs"
+    assert text._folder(None) == files.cache_folder() / "text"
+    assert _measure.cache_folder is files.cache_folder

@@ -54,6 +54,8 @@ def test_command_runs(command, folder):
     assert words[0] == "mlsys", f"teach this test to run {command!r}"
     if words[1] == "bench":  # the smallest case stands for the rest: nothing is timed in tests
         words = [w for w in words if w != "--quick"] + ["--smoke"]
+    if words[1] == "train":  # the shortest run there is
+        words = ["mlsys", "train", "--steps", "2", "--layers", "1", "--width", "16", "--heads", "1"]
     done = run([sys.executable, "-m", *words], folder)
     assert done.returncode == EXPECTED_STATUS.get(command, 0), done.stdout + done.stderr
     assert "Traceback" not in done.stderr

@@ -1,7 +1,7 @@
 """What every attention function here accepts, checked once at the public door.
 
 The checks read shapes and dtypes only, never values: a pass over the data would
-cost more than it protects. NaN and infinity go through the formula like numbers.
+cost more than it protects. NaN and infinity go through the arithmetic like numbers.
 """
 
 import math
@@ -38,16 +38,18 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
     h, h_kv = q.shape[1], k.shape[1]
     if v.shape[1] != h_kv:
         raise ValueError(f"v must have as many heads as k, {h_kv}, got {v.shape[1]} (shape {tuple(v.shape)})")
-    if h_kv == 0 or h % h_kv:
+    if h == 0 or h_kv == 0 or h % h_kv:
         raise ValueError(
-            f"q must have a multiple of k's heads, so that heads share keys evenly, got {h} heads in q and {h_kv} in k"
+            "q must have a multiple of k's heads, at least one, so that heads share keys evenly, "
+            f"got {h} heads in q and {h_kv} in k"
         )
     if v.shape[2] != k.shape[2]:
         raise ValueError(f"v must have as many positions as k, {k.shape[2]}, got {v.shape[2]} (shape {tuple(v.shape)})")
     if k.shape[3] != q.shape[3]:
         raise ValueError(f"k must have q's head_dim {q.shape[3]}, got {k.shape[3]} (shape {tuple(k.shape)})")
-    if q.shape[3] == 0:
-        raise ValueError(f"q must have head_dim at least 1, got shape {tuple(q.shape)}")
+    for name, x in (("q", q), ("v", v)):
+        if x.shape[3] == 0:
+            raise ValueError(f"{name} must have head_dim at least 1, got shape {tuple(x.shape)}")
     if not isinstance(causal, bool):
         raise TypeError(
             f"causal must be True or False, got {type(causal).__name__} (masks as tensors are not supported)"

@@ -85,6 +85,9 @@ def attention(
     Same result as `naive.attention`, to rounding, for any lengths and block sizes.
     Left None, `block_q` is 256 divided among the heads of a group and `block_k` is
     2048, or in bfloat16's forward pass the whole row of keys, which is still linear memory.
+    NaN and infinity are not looked for. A query whose own row or one of whose visible keys or values
+    holds a NaN gets NaN, as in `naive`. A NaN that the mask hides stays out of the output in `k`; in
+    `v` it also reaches the queries whose tile covers it, since 0 · NaN is NaN, but no others.
     Raises TypeError or ValueError naming the argument if shapes, dtypes, devices or
     block sizes are wrong; RuntimeError if asked for a second derivative.
     """
@@ -146,7 +149,11 @@ def _forward(
     block_q: int | None,
     block_k: int | None,
 ) -> Tensor:
-    """O (b, h, t, dv); L (b, h, t) is written into `lse` if there is one."""
+    """O (b, h, t, dv); L (b, h, t) is written into `lse` if there is one.
+
+    L is kept in units of log 2, as the scores are: converted to natural logarithms and back, a large
+    L would be off by its own rounding, and with it every probability of its row in the backward pass.
+    """
     batch, h_kv, s, _ = k.shape
     half = q.element_size() == 2
     tiling = _tiling(q, k, block_q, block_k or (s if half else BLOCK_K), passes=1)
@@ -190,7 +197,7 @@ def _online_softmax(
             _add_product(acc.mul_(rescale), p.to(v.dtype), vj)
             m = m_new
     if lse is not None:
-        lse.copy_((z.log() + m / LOG2E).view(lse.shape))
+        lse.copy_((z.log2() + m).view(lse.shape))
     return acc.div_(z)
 
 
@@ -203,7 +210,7 @@ def _fused_softmax(
     scores = torch.mm(q, k[:end].mT, out=_shaped(tiling.buffers[0], q.shape[0], end))
     _hide(scores, last, tiling)
     if lse is not None:
-        lse.copy_(scores.float().logsumexp(-1).view(lse.shape))
+        lse.copy_((scores.float().logsumexp(-1) * LOG2E).view(lse.shape))
     return torch.mm(scores.softmax(-1), v[:end])
 
 
@@ -239,7 +246,7 @@ def _backward(
                 doi = grad_out[b, heads, rows].flatten(0, 1)  # (group·rows, dv)
                 scores = _product(qi, kj[:seen].mT, tiling.buffers[0])  # (group·rows, seen)
                 _hide(scores, last - j, tiling)
-                p = scores.sub_(lse[b, heads, rows].reshape(-1, 1) * LOG2E).exp2_()
+                p = scores.sub_(lse[b, heads, rows].reshape(-1, 1)).exp2_()
                 _add_product(dv[b, head, block][:seen], p.to(q.dtype).mT, doi)
                 dp = _product(doi, vj[:seen].mT, tiling.buffers[1])
                 ds = dp.sub_(delta[b, heads, rows].reshape(-1, 1)).mul_(p).to(q.dtype)

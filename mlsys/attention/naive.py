@@ -51,8 +51,11 @@ def attention(
 ) -> Float[Tensor, "b h t dv"]:
     """Scaled dot-product attention; query head i reads key/value head i // (h // h_kv).
 
-    Any lengths t and s, also 0; `scale` is 1/√d unless given. Values are not looked
-    at: NaN and infinity spread as the formula spreads them.
+    Any lengths t and s, also 0; `scale` is 1/√d unless given. NaN and infinity are not
+    looked for: they spread as the formula spreads them. A query whose own row or one of
+    whose visible keys or values holds a NaN gets NaN. With `causal`, a NaN in a hidden
+    row of `k` stays out of the output, but in `v` it reaches every query, since the
+    weight it is multiplied by is 0 and 0 · NaN is NaN.
     Raises TypeError or ValueError naming the argument if shapes, dtypes or devices disagree.
     """
     scale = check_qkv(q, k, v, causal, scale)

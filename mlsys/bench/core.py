@@ -5,25 +5,31 @@
 The file that holds it is the entry: `mlsys bench` finds it, and it runs by
 itself with the same options. Every implementation is **checked** against the
 reference on the very inputs it will be timed on, **then timed**, in turn with
-all others (`mlsys.bench.timing`). Each row then says how it stands to the
+all others (`mlsys.bench.timing`), and the user's own is looked at once more
+afterwards (`mlsys.bench.suspect`). Each row then says how it stands to the
 reference, to the fastest production peer on the same work, and to the limit of
 this machine (`mlsys.bench.machine`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mlsys.bench import machine as machines
 from mlsys.bench.memory import peak_bytes
 from mlsys.bench.records import Record
 from mlsys.bench.timing import Sample, interleave, ratio
+from mlsys.loading import one_line, raised_at
+
+if TYPE_CHECKING:
+    from mlsys.bench.suspect import Snapshot, Surroundings
 
 Case = Mapping[str, Any]
 Size = Literal["quick", "default", "full"]
@@ -88,6 +94,7 @@ class Benchmark:
     verify:   (case, inputs, got, want) → (error, largest error allowed).
     figures:  (case, inputs, prepared call's result) → further figures, such as recall.
     contract: the contract that a `--impl` must pass before it is timed.
+    stateful: whether a call goes on from the last, as training steps do; else each gives the same result.
     """
 
     file: str
@@ -100,6 +107,7 @@ class Benchmark:
     verify: Callable[[Case, Any, Any, Any], tuple[float, float]]
     figures: Callable[[Case, Any, Any], dict[str, float]] = lambda case, inputs, got: {}
     contract: str | None = None
+    stateful: bool = False
     memory: bool = False
     plots: Sequence[Plot] = field(default_factory=tuple)
 
@@ -146,6 +154,17 @@ class Benchmark:
         return cases
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How cases are measured: on which device and how many threads, how long each is timed, or (`smoke`) not at all."""
+
+    size: Size = "default"
+    n_threads: int = 1
+    device: str = "cpu"
+    budget_s: float = 3.0
+    smoke: bool = False
+
+
 def run(
     bench: Benchmark,
     cases: Iterable[Case],
@@ -158,12 +177,25 @@ def run(
     announce: Callable[[str], None] = lambda text: None,
 ) -> list[Record]:
     """Check and time every implementation on every case; `announce` is told before each."""
-    records: list[Record] = []
-    with machines.threads(n_threads):
-        for case in cases:
-            announce(f"{bench.name}  {describe(case)}")
-            records += _run_case(bench, case, size, n_threads, device, budget_s, smoke, announce)
-    return records
+    settings = Settings(size, n_threads, device, budget_s, smoke)
+    return [record for case in cases for record in run_case(bench, case, settings, announce=announce)]
+
+
+def run_case(
+    bench: Benchmark,
+    case: Case,
+    settings: Settings,
+    *,
+    announce: Callable[[str], None] = lambda text: None,
+    watch: Callable[[str], None] = lambda name: None,
+) -> list[Record]:
+    """Check and time every implementation on one case.
+
+    `watch` is told whose code runs next, before each sample and outside the time that is taken.
+    """
+    announce(f"{bench.name}  {describe(case)}")
+    with machines.threads(settings.n_threads):
+        return _run_case(bench, case, settings, announce, watch)
 
 
 def describe(case: Case) -> str:
@@ -172,45 +204,60 @@ def describe(case: Case) -> str:
     return " ".join(w for w, v in zip(words, case.values(), strict=True) if v is not False and v is not None)
 
 
-def _run_case(
-    bench: Benchmark,
-    case: Case,
-    size: Size,
-    n_threads: int,
-    device: str,
-    budget_s: float,
-    smoke: bool,
-    announce: Callable[[str], None],
-) -> list[Record]:
-    inputs = bench.inputs(case, device)
-    work = bench.work(case, inputs)
-    limits = None if smoke else machines.limits(case.get("dtype", "float32"), n_threads, device)
+def blank(bench: Benchmark, case: Case, settings: Settings) -> Record:
+    """A record of this case with all that is known before anything has run: machine, versions, commit, date."""
     machine = machines.this_machine()
-    base = Record(
+    return Record(
         benchmark=bench.name,
         case=dict(case),
         impl="",
         role="",
-        status="smoke" if smoke else "ok",
-        flops=work.flops,
-        bytes=work.bytes,
-        items=work.items,
-        unit=work.unit,
-        device=device,
-        threads=n_threads,
-        size=size,
+        status="smoke" if settings.smoke else "ok",
+        device=settings.device,
+        threads=settings.n_threads,
+        size=settings.size,
         machine={**dataclasses.asdict(machine), "slug": machine.slug},
         commit=machines.commit(),
         load=machines.load(),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
     )
+
+
+class _Refused(Exception):
+    """An implementation is out of this case: as what, and why, for its record."""
+
+    def __init__(self, name: str, status: Literal["wrong", "failed"], note: str, error: float | None = None) -> None:
+        super().__init__(note)
+        self.name, self.status, self.note, self.error = name, status, note, error
+
+
+def _run_case(
+    bench: Benchmark,
+    case: Case,
+    settings: Settings,
+    announce: Callable[[str], None],
+    watch: Callable[[str], None],
+) -> list[Record]:
+    device, smoke = settings.device, settings.smoke
+    inputs = bench.inputs(case, device)
+    work = bench.work(case, inputs)
+    limits = None if smoke else machines.limits(case.get("dtype", "float32"), settings.n_threads, device)
+    base = dataclasses.replace(
+        blank(bench, case, settings), flops=work.flops, bytes=work.bytes, items=work.items, unit=work.unit
+    )
     records: dict[str, Record] = {}
-    calls: dict[str, Callable[[], Any]] = {}
-    want: Any = None
-    order = sorted(
-        bench.impls, key=lambda name: name != bench.reference
-    )  # the reference first: others are checked by it
-    for name in order:
+    at_work = _AtWork(bench, case, device, watch, inputs)
+
+    def refuse(why: _Refused) -> None:
+        at_work.refuse(why.name)
+        records[why.name] = dataclasses.replace(
+            records[why.name], status=why.status, note=why.note, error=why.error, figures={}
+        )
+        how = "is wrong" if why.status == "wrong" else "failed"
+        announce(f"{bench.name}  {why.name} {how}, so there is no time for it: {why.note}")
+
+    # the reference first, for the others are checked by it; last those that may disturb the others
+    for name in sorted(bench.impls, key=lambda name: (name != bench.reference, bench.impls[name].role == "yours")):
         impl = bench.impls[name]
         if not impl.only(case):
             continue
@@ -218,31 +265,24 @@ def _run_case(
         if impl.missing:
             records[name] = dataclasses.replace(records[name], status="missing", note=impl.missing)
             continue
-        call = bench.prepare(impl.load(), case, inputs)
         try:
-            got = call()
-            want = got if name == bench.reference else want
-            error, allowed = bench.verify(case, inputs, got, want)
-            note = "" if error <= allowed else f"error {error:.3g} is above the {allowed:.2g} allowed"
-        except Exception as failure:
-            if impl.role != "yours":
-                raise
-            error, note = None, f"{type(failure).__name__}: {failure}"
-        if note:
-            records[name] = dataclasses.replace(records[name], status="wrong", note=note, error=error)
-            announce(f"{bench.name}  {name} is wrong, so it is not timed: {note}")
-            continue
-        records[name] = dataclasses.replace(records[name], error=error, figures=bench.figures(case, inputs, got))
-        calls[name] = call
+            error, figures = at_work.start(name)
+            records[name] = dataclasses.replace(records[name], error=error, figures=figures)
+        except _Refused as why:
+            refuse(why)
     if smoke:
         return list(records.values())
 
     assert limits is not None
-    samples = interleave(calls, budget_s=budget_s, device=device)
+    while True:
+        try:
+            samples, peaks = at_work.time(settings.budget_s)
+            break
+        except _Refused as why:  # what it did may have touched the others' times: once more, without it
+            refuse(why)
     peers = [name for name in samples if bench.impls[name].role == "peer"]
     peer = min(peers, key=lambda name: samples[name].median, default=None)
     for name, sample in samples.items():
-        peak = peak_bytes(calls[name], device) if bench.memory else None
         records[name] = dataclasses.replace(
             records[name],
             status="noisy" if sample.noisy else "ok",
@@ -256,10 +296,139 @@ def _run_case(
             bound="compute" if work.flops / limits.flops >= work.bytes / limits.bandwidth else "memory",
             limit_flops=limits.flops,
             limit_bandwidth=limits.bandwidth,
-            peak_bytes=peak,
+            peak_bytes=peaks.get(name),
         )
     return list(records.values())
 
 
 def _ratio(samples: Mapping[str, Sample], name: str, other: str | None) -> float | None:
     return None if other is None or other not in samples else ratio(samples[name], samples[other])
+
+
+@dataclass
+class _AtWork:
+    """A case while it is measured: its inputs, who is ready to run on them, and an eye on the user's functions."""
+
+    bench: Benchmark
+    case: Case
+    device: str
+    watch: Callable[[str], None]
+    inputs: Any
+    calls: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    want: Any = None  # the reference's result
+    snapshot: Snapshot | None = None  # of the inputs, made when someone else's function is about to get them
+    surroundings: Surroundings | None = None
+
+    def start(self, name: str) -> tuple[float, dict[str, float]]:
+        """Prepare it and call it once: its error, which is small enough, and figures. From now on it is in `calls`."""
+        from mlsys.bench.suspect import Snapshot, Surroundings, finished  # torch, which reading records does without
+
+        impl = self.bench.impls[name]
+        if self._suspect(name) and self.snapshot is None:
+            self.snapshot, self.surroundings = Snapshot(self.inputs), Surroundings.now()
+        with self._blaming(name):
+            call = self.bench.prepare(impl.load(), self.case, self.inputs)
+            got = call()
+        if name == self.bench.reference:
+            self.want = got
+        result = finished(got) if self._suspect(name) else got
+        self._undisturbed(name)
+        error = self._error(name, result, self.want)
+        with self._blaming(name):
+            figures = self.bench.figures(self.case, self.inputs, got)
+        self.calls[name] = call
+        return error, figures
+
+    def refuse(self, name: str) -> None:
+        """It takes no further part, and what it has changed is put back."""
+        self.calls.pop(name, None)
+        if self._suspect(name) and self.snapshot and self.surroundings:
+            self.snapshot.restore()
+            self.surroundings.restore()
+
+    def time(self, budget_s: float) -> tuple[dict[str, Sample], dict[str, int]]:
+        """Times and peak memory of all in `calls`, and a second look at the results and doings of the user's."""
+        kept = dict.fromkeys(name for name in self.calls if self._suspect(name))
+        turn = [""]
+
+        def before(name: str) -> None:
+            turn[0] = name
+            self.watch(name)
+
+        with self._blaming(turn):
+            samples = interleave(self.calls, budget_s=budget_s, device=self.device, before=before, keep=kept)
+        for name, result in kept.items():
+            self._undisturbed(name)
+            if not self.bench.stateful:
+                self._error(name, result, self.want, "while it was timed: ")
+            self._not_remembered(name)
+        peaks = {}
+        for name, call in self.calls.items() if self.bench.memory else ():
+            with self._blaming(name):
+                peaks[name] = peak_bytes(call, self.device)
+        return samples, peaks
+
+    def _not_remembered(self, name: str) -> None:
+        """Change the values in the very inputs it knows: its results must follow."""
+        from mlsys.bench.suspect import finished
+
+        assert self.snapshot is not None
+        self.snapshot.shift()
+        try:
+            with self._blaming(self.bench.reference):
+                want = self._again(self.bench.reference)
+            with self._blaming(name):
+                got = finished(self._again(name))
+            self._error(name, got, want, "with other values in the same inputs (does it remember its results?): ")
+        finally:
+            self.snapshot.restore()
+
+    def _again(self, name: str) -> Any:
+        """One more result from the same inputs; where it depends on earlier calls, that of a first one."""
+        if self.bench.stateful:
+            return self.bench.prepare(self.bench.impls[name].load(), self.case, self.inputs)()
+        return self.calls[name]()
+
+    def _error(self, name: str, got: Any, want: Any, when: str = "") -> float:
+        """The error of a result, if that is small enough."""
+        from mlsys.bench.suspect import unfinished
+
+        if self._suspect(name) and (odd := unfinished(got, want)):
+            raise _Refused(name, "wrong", when + odd)
+        with self._blaming(name):
+            error, allowed = self.bench.verify(self.case, self.inputs, got, want)
+        if not error <= allowed:
+            raise _Refused(name, "wrong", f"{when}error {error:.3g} is above the {allowed:.2g} allowed", error)
+        return error
+
+    def _undisturbed(self, name: str) -> None:
+        """What the user's function shares with the others must be as it was."""
+        if not self._suspect(name):
+            return
+        assert self.snapshot is not None
+        assert self.surroundings is not None
+        if what := self.surroundings.changed():
+            raise _Refused(name, "wrong", f"changed {what}, for the others too")
+        if self.snapshot.changed():
+            raise _Refused(name, "wrong", "modified its inputs in place")
+
+    def _suspect(self, name: str) -> bool:
+        return self.bench.impls[name].role == "yours"
+
+    @contextlib.contextmanager
+    def _blaming(self, name: str | list[str]) -> Iterator[None]:
+        """An exception in here is this one's (of a list: whoever stands in it by then); one of ours passes through."""
+        if isinstance(name, str):
+            self.watch(name)
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            culprit = name if isinstance(name, str) else name[0]
+            if isinstance(error, _Refused) or not culprit or not self._suspect(culprit):
+                raise
+            from mlsys.contracts.core import source_file
+
+            file = source_file(self.bench.impls[culprit].load())
+            where = raised_at(error, file) if file else None
+            note = f"raised {one_line(error)}" + (f", at {where}" if where else "")
+            raise _Refused(culprit, "failed", note) from error

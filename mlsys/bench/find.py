@@ -26,8 +26,12 @@ def names() -> list[str]:
 def load(name: str) -> Benchmark:
     """Import the file of `attention.flash` and return its `bench`."""
     package, _, technique = name.partition(".")
-    path = folder() / package / f"{technique}.py"
-    module_name = f"mlsys_benchmarks.{package}.{technique}"
+    return load_file(folder() / package / f"{technique}.py")
+
+
+def load_file(path: Path) -> Benchmark:
+    """Import this file and return its `bench`."""
+    module_name = f"mlsys_benchmarks.{path.parent.name}.{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None
     assert spec.loader is not None

@@ -10,11 +10,13 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlsys.bench.core import Plot, describe
 from mlsys.bench.records import Record
-from mlsys.bench.tables import amount, implementations
+from mlsys.bench.tables import amount, implementations, settings
+from mlsys.perf.hardware import Hardware, peak_flops
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,8 +25,10 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7F7F7F")  # Okabe & Ito 2008
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
+FILLS = ("full", "none", "left", "right", "bottom", "top")
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--")
 STYLES = len(COLOURS)
+HEADINGS = ("roofs, and the fill of the points under each", "roofs", "implementations")  # of the roofline's key
 YLABELS = {"time": "time per {per} (ms)", "memory": "peak memory (MiB)", "throughput": "throughput"}
 
 
@@ -69,9 +73,10 @@ def _value(plot: Plot, record: Record) -> float | None:
 
 def _panels(plot: Plot, records: Sequence[Record]) -> dict[str, list[Record]]:
     panels: dict[str, list[Record]] = {}
+    setting = settings(records)
     for record in records:
         title = describe({key: record.case.get(key) for key in plot.panel}) or "full" if plot.panel else ""
-        panels.setdefault(title, []).append(record)
+        panels.setdefault(", ".join(filter(None, (title, setting(record)))), []).append(record)
     return panels
 
 
@@ -147,57 +152,124 @@ def _bars(plot: Plot, records: Sequence[Record], names: Sequence[str]) -> str:
     return to_svg(figure)
 
 
-def roofline(records: Sequence[Record]) -> str | None:
-    """All timed records under the measured roofs of their machine, one roof for each dtype and thread count."""
+@dataclass(frozen=True)
+class Roof:
+    """One roof of a roofline picture: FLOP/s and bytes/s, and what to call it."""
+
+    label: str
+    peak: float
+    bandwidth: float
+
+    def __str__(self) -> str:
+        return f"{self.label}: {amount(self.peak, 'FLOP/s')}, {amount(self.bandwidth, 'B/s')}"
+
+    @property
+    def ridge(self) -> float:
+        """FLOP/B from which on it is flat."""
+        return self.peak / self.bandwidth
+
+
+def roofs(records: Sequence[Record]) -> list[tuple[Roof, list[Record]]]:
+    """The measured roof of each machine, dtype and thread count, with the timed records that belong under it.
+
+    Limits measured on different days differ a little; the roof is the highest, for a limit is what was
+    reached once. Memory knows no dtypes, so those of one machine and thread count share a bandwidth.
+    """
     timed = [r for r in records if r.seconds and r.limit_flops and r.limit_bandwidth and r.flops and r.bytes]
-    if not timed:
-        return None
-    names = implementations(timed)
-    figure, axes = new_figure(1, width=7.6, height=4.8)
-    ax = axes[0]
-    intensities = [r.flops / r.bytes for r in timed]
-    roofs: dict[str, Any] = {}
+    several = len({r.machine.get("slug") for r in timed}) > 1
+    groups: dict[tuple[str, str], list[Record]] = {}
+    bandwidths: dict[str, float] = {}
     for r in timed:
-        roofs[f"{r.case.get('dtype', 'float32')}, {r.threads} thread{'s' if r.threads > 1 else ''}"] = r
-    ridges = [r.limit_flops / r.limit_bandwidth for r in roofs.values()]
-    low, high = min(*intensities, *ridges) / 4, max(*intensities, *ridges) * 3
-    for line, (label, r) in enumerate(roofs.items()):
-        x = sorted({low, r.limit_flops / r.limit_bandwidth, high})
-        y = [min(r.limit_flops, v * r.limit_bandwidth) / 1e9 for v in x]
-        ax.plot(x, y, color="black", linestyle=LINES[line % STYLES], linewidth=1.2, zorder=1)
-        text = f"{label}: {amount(r.limit_flops, 'FLOP/s')}"
-        ax.annotate(text, (high, y[-1]), (-2, 3), textcoords="offset points", ha="right", fontsize=8)
-    gigabytes = max(r.limit_bandwidth for r in roofs.values()) / 1e9
-    slope = math.degrees(math.atan(gigabytes))
-    at = low * 1.3
-    ax.text(
-        at,
-        1.15 * at * gigabytes,
-        f"memory: {gigabytes:.1f} GB/s",
-        rotation=slope,
-        rotation_mode="anchor",
-        transform_rotates_text=True,
-        fontsize=8,
-    )
-    for style, name in enumerate(names):
-        mine = [r for r in timed if r.impl == name]
-        ax.scatter(
-            [r.flops / r.bytes for r in mine],
-            [r.flops / r.seconds / 1e9 for r in mine if r.seconds],
-            color=COLOURS[style % STYLES],
-            marker=MARKERS[style % STYLES],
-            s=28,
-            label=name,
-            zorder=2,
-            alpha=0.85,
-        )
+        where = f"{r.threads} thread{'s' if r.threads > 1 else ''}" if r.device == "cpu" else r.device
+        where = f"{where}, {r.machine.get('slug')}" if several else where
+        groups.setdefault((r.case.get("dtype", "float32"), where), []).append(r)
+        bandwidths[where] = max(bandwidths.get(where, 0.0), r.limit_bandwidth or 0.0)
+    return [
+        (Roof(f"{dtype}, {where}", max(r.limit_flops or 0.0 for r in group), bandwidths[where]), group)
+        for (dtype, where), group in groups.items()
+    ]
+
+
+def published_roof(hardware: Hardware, dtype: str) -> Roof:
+    """The roof of a machine by its record: published, so that nothing quite reaches it."""
+    return Roof(f"{hardware.name}, {dtype}", peak_flops(hardware, dtype), hardware.bandwidth)
+
+
+def roofline(records: Sequence[Record], others: Sequence[Roof] = ()) -> str | None:
+    """`roofline_figure` as SVG."""
+    figure = roofline_figure(records, others)
+    return None if figure is None else to_svg(figure)
+
+
+def roofline_figure(records: Sequence[Record], others: Sequence[Roof] = ()) -> Figure | None:
+    """All timed records, each under the measured roof of its machine, dtype and threads; None with nothing to draw.
+
+    others: further roofs to compare with, drawn without points.
+    A roof and the points under it share how the markers are filled; an implementation has a marker and a colour.
+    """
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FuncFormatter
+
+    measured = roofs(records)
+    drawn = [roof for roof, _ in measured] + list(others)
+    if not drawn:
+        return None
+    everything = [r for _, group in measured for r in group]
+    benches = list(dict.fromkeys(r.benchmark for r in everything))
+    names = [(b, impl) for b in benches for impl in implementations([r for r in everything if r.benchmark == b])]
+    looks = {name: _look(style) for style, name in enumerate(names)}
+
+    figure, (ax,) = new_figure(1, width=9.6, height=max(4.8, 1.0 + 0.2 * (len(drawn) + len(names))))
+    intensities = [r.flops / r.bytes for r in everything] + [roof.ridge for roof in drawn]
+    low, high = min(intensities) / 4, max(intensities) * 4
+    keys = [Line2D([], [], linestyle="none", label=HEADINGS[0 if measured else 1])]
+    for number, roof in enumerate(drawn):
+        line: dict[str, Any] = {"color": "black", "linestyle": LINES[number % STYLES], "linewidth": 1.2}
+        x = (low, roof.ridge, high)
+        ax.plot(x, [min(roof.peak, v * roof.bandwidth) for v in x], **line, zorder=1)
+        if number < len(measured):
+            line |= {"marker": "o", "fillstyle": FILLS[number % len(FILLS)]}
+        keys.append(Line2D([], [], **line, label=str(roof)))
+    for number, (_, group) in enumerate(measured):
+        for name in names:
+            mine = [r for r in group if (r.benchmark, r.impl) == name]
+            ax.plot(
+                [r.flops / r.bytes for r in mine],
+                [r.flops / r.seconds for r in mine if r.seconds],
+                **looks[name],
+                fillstyle=FILLS[number % len(FILLS)],
+                zorder=2,
+            )
+    if names:
+        keys.append(Line2D([], [], linestyle="none", label=HEADINGS[2]))
+    keys += [Line2D([], [], **looks[name], label=": ".join(name) if len(benches) > 1 else name[1]) for name in names]
     ax.set_xscale("log")
     ax.set_yscale("log")
+    ax.set_xlim(low, high)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(FuncFormatter(_power_of_ten))
     ax.grid(True, which="major", alpha=0.3)
     ax.set(
         xlabel="arithmetic intensity (FLOP per byte that must move)",
-        ylabel="achieved GFLOP/s",
-        title="Under the roof: how near each implementation comes to this machine's limit",
+        ylabel="FLOP/s",
+        title="Under the roof: how near each comes to its machine's limit" if names else "Roofs",
     )
-    ax.legend(fontsize=8, loc="lower right")
-    return to_svg(figure)
+    legend = figure.legend(handles=keys, loc="outside right upper", fontsize=8, frameon=False, handlelength=3.2)
+    for text in legend.get_texts():
+        if text.get_text() in HEADINGS:
+            text.set_fontweight("bold")
+    return figure
+
+
+def _look(style: int) -> dict[str, Any]:
+    """Marker and colour of the points of one implementation; after eight, the same markers in other colours."""
+    colour = COLOURS[(style + style // STYLES) % STYLES]
+    return {"marker": MARKERS[style % STYLES], "color": colour, "linestyle": "none", "markersize": 5.5, "alpha": 0.85}
+
+
+def _power_of_ten(value: float, _: int | None = None) -> str:
+    """A tick's label, without digits that say nothing: `10 G`, `100`, `0.1`."""
+    for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if value >= 10**power:
+            return f"{value / 10**power:g} {prefix}"
+    return f"{value:g}"

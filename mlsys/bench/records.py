@@ -16,8 +16,9 @@ from mlsys.files import write_atomic
 class Record:
     """What one implementation did on one case.
 
-    status:   "ok", "noisy" (times, but no ratio), "missing" (a library is not installed), "wrong" (failed the check,
-              so it was not timed) or "smoke" (ran once, not timed); `note` says the rest.
+    status:   "ok", "noisy" (times, but no ratio), "missing" (a library is not installed), "smoke" (ran once, not
+              timed), "wrong" (a result was, or an input was changed, before or after the timing) or "failed" (raised,
+              exited, died or ran past its limit); the last two have no times. `note` says the rest.
     seconds:  median of `runs` runs, with the quartiles; None if not timed.
     ratio_to_*: this implementation's time ÷ the other's, median over rounds: below 1 is faster.
     share:    the roofline's lower bound on this machine ÷ the time: 1.0 is the limit.
@@ -60,19 +61,20 @@ class Record:
         return self.benchmark, json.dumps(self.case, sort_keys=True), self.impl, self.device, self.threads
 
 
+def from_json(values: dict[str, Any]) -> Record:
+    """The record that `dataclasses.asdict` made these values of; ValueError or TypeError for others."""
+    unknown = set(values) - {f.name for f in dataclasses.fields(Record)}
+    if unknown:
+        raise ValueError(f"unknown field {sorted(unknown)[0]!r}")
+    return Record(**{**values, "quartiles": tuple(values["quartiles"]) if values.get("quartiles") else None})
+
+
 def read(path: Path) -> list[Record]:
     """The records of a JSON-lines file; ValueError names the line that is not one."""
-    known = {f.name for f in dataclasses.fields(Record)}
     records = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            values = json.loads(line)
-            unknown = set(values) - known
-            if unknown:
-                raise ValueError(f"unknown field {sorted(unknown)[0]!r}")
-            if values.get("quartiles"):
-                values["quartiles"] = tuple(values["quartiles"])
-            records.append(Record(**values))
+            records.append(from_json(json.loads(line)))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}:{number} is not a benchmark record: {error}") from error
     return records

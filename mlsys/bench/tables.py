@@ -38,6 +38,11 @@ def _digits(value: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
+def _figure(value: float) -> str:
+    """A count as it is, anything else with four significant digits."""
+    return f"{value:.0f}" if float(value).is_integer() else f"{value:.4g}"
+
+
 def times(value: float | None) -> str:
     """A ratio, or a dash where the timing was too noisy for one."""
     if value is None:
@@ -50,12 +55,30 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.0f}%"
 
 
-def by_case(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Records grouped by case, in the order in which the cases came."""
-    groups: dict[str, list[Record]] = {}
+def by_case(records: Sequence[Record]) -> list[list[Record]]:
+    """Those that may stand in one row: of one case, device and number of threads; in the order in which they came."""
+    groups: dict[tuple[str, str, int], list[Record]] = {}
     for record in records:
-        groups.setdefault(json.dumps(record.case, sort_keys=True), []).append(record)
-    return groups
+        groups.setdefault((json.dumps(record.case, sort_keys=True), record.device, record.threads), []).append(record)
+    return list(groups.values())
+
+
+def settings(records: Sequence[Record]) -> Callable[[Record], str]:
+    """Says of a record on which device and how many threads, as far as these records differ in that: `2 threads`."""
+    devices, threads = {r.device for r in records}, {r.threads for r in records}
+
+    def words(record: Record) -> str:
+        device = record.device if len(devices) > 1 else ""
+        count = f"{record.threads} thread{'s' * (record.threads > 1)}" if len(threads) > 1 else ""
+        return ", ".join(filter(None, (device, count)))
+
+    return words
+
+
+def _row_names(records: Sequence[Record]) -> Callable[[Record], str]:
+    """What a record's row is called: its case, and its setting where there are several."""
+    setting = settings(records)
+    return lambda record: ", ".join(filter(None, (describe(record.case), setting(record))))
 
 
 def implementations(records: Sequence[Record]) -> list[str]:
@@ -90,36 +113,39 @@ def html(rows: Sequence[dict[str, str]]) -> str:
 
 
 def summary_rows(records: Sequence[Record]) -> list[dict[str, str]]:
-    """One row a case: each implementation's time, ours ÷ the reference and ÷ the fastest peer, share of the limit."""
+    """One row a case: times, ours ÷ the reference and ÷ the fastest peer, share of the limit, figures such as recall.
+
+    What is said of our implementation is said of the user's beside it, in columns of its own; figures are of ours.
+    """
     names = implementations(records)
-    ours = [r.impl for r in records if r.role in ("ours", "yours")] or [
-        r.impl for r in records if r.role == "reference"
-    ]
-    ours = list(dict.fromkeys(ours))
+    ours = [name for name in names if any(r.impl == name and r.role in ("ours", "yours") for r in records)]
+    ours = ours or [name for name in names if any(r.impl == name and r.role == "reference" for r in records)]
     memory = any(r.peak_bytes is not None for r in records)
     items = any(r.items for r in records)
+    row_name = _row_names(records)
     rows = []
-    for group in by_case(records).values():
+    for group in by_case(records):
         found = {r.impl: r for r in group}
-        row = {"case": describe(group[0].case)} | {name: _cell(found.get(name)) for name in names}
+        row = {"case": row_name(group[0])} | {name: _cell(found.get(name)) for name in names}
+        several_peers = len([r for r in group if r.role == "peer"]) > 1
         for name in ours:
             record = found.get(name)
-            peer = (
-                f" ({record.peer})"
-                if record and record.peer and len([r for r in group if r.role == "peer"]) > 1
-                else ""
-            )
             if record is None:
                 continue
             if record.role != "reference":
                 row[f"{name} ÷ reference"] = times(record.ratio_to_reference)
-            row[f"{name} ÷ peer"] = times(record.ratio_to_peer) + peer
-            row["of limit"] = percent(record.share)
+            row[f"{name} ÷ peer"] = times(record.ratio_to_peer) + (
+                f" ({record.peer})" if record.peer and several_peers else ""
+            )
+            row[f"{name} of limit"] = percent(record.share)
             if items and record.seconds:
-                row["throughput"] = f"{amount(record.items / record.seconds, record.unit)}/s"
+                row[f"{name} throughput"] = f"{amount(record.items / record.seconds, record.unit)}/s"
         if memory:
             for name in names:
                 row[f"peak {name}"] = amount(found[name].peak_bytes, "B", 1024) if name in found else ""
+        for name in ours[:1]:
+            if name in found:
+                row |= {title: _figure(value) for title, value in found[name].figures.items()}
         rows.append(row)
     return rows
 
@@ -127,7 +153,7 @@ def summary_rows(records: Sequence[Record]) -> list[dict[str, str]]:
 def detail_rows(records: Sequence[Record]) -> list[dict[str, str]]:
     """One row an implementation and case, with every figure."""
     columns: dict[str, Callable[[Record], str]] = {
-        "case": lambda r: describe(r.case),
+        "case": _row_names(records),
         "implementation": lambda r: f"{r.impl} ({r.role})",
         "time": _cell,
         "quartiles": lambda r: f"{seconds(r.quartiles[0])} – {seconds(r.quartiles[1])}" if r.quartiles else "–",
@@ -141,7 +167,7 @@ def detail_rows(records: Sequence[Record]) -> list[dict[str, str]]:
         columns["peak memory"] = lambda r: amount(r.peak_bytes, "B", 1024)
     columns["error"] = lambda r: "–" if r.error is None else f"{r.error:.1e}"
     for name in dict.fromkeys(name for r in records for name in r.figures):
-        columns[name] = lambda r, name=name: f"{r.figures[name]:.4g}" if name in r.figures else "–"  # type: ignore[misc]
+        columns[name] = lambda r, name=name: _figure(r.figures[name]) if name in r.figures else "–"  # type: ignore[misc]
     if any(r.note for r in records):
         columns["note"] = lambda r: r.note
     return [{title: cell(r) for title, cell in columns.items()} for r in records]
@@ -156,17 +182,31 @@ def _rate(record: Record) -> str:
 
 
 def where_and_when(records: Sequence[Record]) -> str:
-    """The line under a table: machine, versions, threads, commit and date, from the records themselves."""
-    machine = records[0].machine
-    gpu = f", {machine['gpu']}" if machine["gpu"] else ""
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    threads = " and ".join(str(n) for n in sorted({r.threads for r in records}))
+    """The line under a table: machine, threads, versions, commit and date, all of them where the records differ."""
+    machines = [
+        f"{m['cpu']}, {m['cores']} cores, {m['memory_gib']:.0f} GiB{', ' + m['gpu'] if m['gpu'] else ''}; {m['system']}"
+        for m in (r.machine for r in records)
+    ]
+    threads = sorted({r.threads for r in records})
+    versions: dict[str, list[str]] = {"Python": [r.machine["python"] for r in records]}
+    for record in records:
+        for name, version in record.machine["versions"].items():
+            versions.setdefault(name, []).append(version)
+    commits = [r.commit for r in records if r.commit]
     dates = sorted({r.date for r in records})
-    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB{gpu}; {machine['system']}; "
-        f"{threads} thread{'s' if threads != '1' else ''}; Python {machine['python']}, {versions}; {when}."
-    )
+    parts = [
+        _all(machines),
+        f"{_all(threads)} thread{'s' if threads != [1] else ''}",
+        ", ".join(f"{name} {_all(seen)}" for name, seen in versions.items()),
+        f"commit {_all(commits)}" if commits else "",
+        dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}",
+    ]
+    return "; ".join(filter(None, parts)) + "."
+
+
+def _all(values: Sequence[object]) -> str:
+    """Each once, in the order in which they came: `2.13 and 2.14`."""
+    return " and ".join(map(str, dict.fromkeys(values)))
 
 
 def _render(rows: Sequence[dict[str, str]], form: str) -> str:

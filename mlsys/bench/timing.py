@@ -17,9 +17,10 @@ Papers:
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,8 @@ def interleave(
     max_rounds: int = 50,
     min_sample_s: float = 0.005,
     device: str = "cpu",
+    before: Callable[[str], None] = lambda name: None,
+    keep: MutableMapping[str, Any] | None = None,
 ) -> dict[str, Sample]:
     """Time the implementations in turn until `budget_s` is spent; at least `MIN_RUNS` rounds.
 
@@ -76,13 +79,19 @@ def interleave(
     `min_sample_s` is repeated within its sample, which then holds the mean.
     Where the spread is still wide at the end of the budget, up to as much again
     is spent on further rounds.
+
+    before: told whose turn it is, outside the time that is taken.
+    keep:   for each name in it, the result of one timed run is put there; which one, is drawn at random.
     """
     if max_rounds < MIN_RUNS:
         raise ValueError(f"max_rounds={max_rounds}: at least {MIN_RUNS} are needed for a median worth printing")
-    timer = _GpuTimer() if device == "cuda" else _cpu_seconds
+    timer = _GpuTimer() if device == "cuda" else _cpu_timer
+    dice = random.SystemRandom()  # which nobody can seed
+    kept = {} if keep is None else keep
     repeats = {}
     for name, run in runs.items():
-        once = timer(run, 1)
+        before(name)
+        once, _ = timer(run, 1, False)
         repeats[name] = 1 if device == "cuda" else max(1, min(1000, round(min_sample_s / max(once, 1e-9))))
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
@@ -94,15 +103,22 @@ def interleave(
             break
         shift = done % len(names)
         for name in names[shift:] + names[:shift]:
-            seconds[name].append(timer(runs[name], repeats[name]))
+            before(name)
+            chosen = name in kept and dice.randrange(done + 1) == 0  # in the end each round's, with the same chance
+            taken, result = timer(runs[name], repeats[name], chosen)
+            seconds[name].append(taken)
+            if chosen:
+                kept[name] = result
     return {name: Sample(tuple(taken)) for name, taken in seconds.items()}
 
 
-def _cpu_seconds(run: Callable[[], Any], repeats: int) -> float:
+def _cpu_timer(run: Callable[[], Any], repeats: int, keep: bool) -> tuple[float, Any]:
+    """Seconds a run, and the last run's result if it is to be kept; else it is freed while the clock still runs."""
     start = time.perf_counter()
-    for _ in range(repeats):
+    for _ in range(repeats - keep):
         run()
-    return (time.perf_counter() - start) / repeats
+    result = run() if keep else None
+    return (time.perf_counter() - start) / repeats, result
 
 
 class _GpuTimer:
@@ -114,16 +130,18 @@ class _GpuTimer:
         cache_bytes = torch.cuda.get_device_properties().L2_cache_size
         self.scratch = torch.empty(2 * cache_bytes, dtype=torch.uint8, device="cuda")
 
-    def __call__(self, run: Callable[[], Any], repeats: int) -> float:
+    def __call__(self, run: Callable[[], Any], repeats: int, keep: bool) -> tuple[float, Any]:
+        """As `_cpu_timer`."""
         import torch
 
-        total_ms = 0.0
+        total_ms, result = 0.0, None
         for _ in range(repeats):
             self.scratch.zero_()
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            run()
+            result = run()
             end.record()
             torch.cuda.synchronize()
             total_ms += start.elapsed_time(end)
-        return total_ms / 1e3 / repeats
+            result = result if keep else None
+        return total_ms / 1e3 / repeats, result

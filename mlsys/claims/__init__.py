@@ -11,9 +11,9 @@ __all__ = ["Claim", "Reproduced", "all_claims", "as_markdown", "reproduce", "row
 
 def all_claims() -> list[Claim]:
     """Every claim, in the order of the packages."""
-    from mlsys.claims import attention, retrieval
+    from mlsys.claims import attention, models, parallel, perf, retrieval
 
-    return [*attention.CLAIMS, *retrieval.CLAIMS]
+    return [*perf.CLAIMS, *parallel.CLAIMS, *attention.CLAIMS, *models.CLAIMS, *retrieval.CLAIMS]
 
 
 def rows(done: Sequence[Reproduced]) -> list[dict[str, str]]:
@@ -23,14 +23,19 @@ def rows(done: Sequence[Reproduced]) -> list[dict[str, str]]:
             "claim": r.claim.name,
             "technique": r.claim.area,
             "what": r.claim.what,
-            "published": f"{r.claim.published:.{r.claim.digits}f} {r.claim.unit}".strip(),
-            "ours": f"{r.ours:.{r.claim.digits + 1}f} {r.claim.unit}".strip(),
+            "published": f"{number(r.claim.published, r.claim.digits)} {r.claim.unit}".strip(),
+            "ours": f"{number(r.ours, r.claim.digits + 1)} {r.claim.unit}".strip(),
             "status": r.status,
             "source": r.claim.source,
             "why they differ": r.claim.reason,
         }
         for r in done
     ]
+
+
+def number(value: float, digits: int) -> str:
+    """With so many digits after the point, and without a point where there is nothing after it."""
+    return f"{value:,.{max(0, digits)}f}" if not float(value).is_integer() or 0 < digits < 3 else f"{value:,.0f}"
 
 
 def as_markdown(claims: Sequence[Claim] | None = None) -> str:

@@ -39,8 +39,8 @@ class Claim:
     published: float
     digits: int
     compute: Callable[[], float]
-    tolerance: float
-    expected: Status
+    tolerance: float = 0.0
+    expected: Status = "exact"
     reason: str = ""
 
     def status(self, ours: float) -> Status:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import json
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlsys.commands import UsageError
+from mlsys.commands.check import seconds
 
 if TYPE_CHECKING:
-    from mlsys.bench.core import Benchmark, Case, Size
+    from mlsys.bench.core import Benchmark, Case, Settings, Size
     from mlsys.bench.records import Record
+    from mlsys.contracts.core import Verdict
 
 BUDGET_S = {
     "quick": 1.2,
@@ -31,6 +35,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--full", action="store_true", help="all sizes")
     size.add_argument("--smoke", action="store_true", help="the first quick case once, checked but not timed")
     parser.add_argument("--impl", metavar="FILE.py:FUNCTION", help="your implementation, in the same table (one NAME)")
+    parser.add_argument(
+        "--limit",
+        type=seconds,
+        default=60.0,
+        metavar="S",
+        help="seconds that the check of --impl may take, and then each sample of it (60)",
+    )
     parser.add_argument(
         "--peer", action="append", metavar="PEER", help="only this peer (repeatable); none for no peers"
     )
@@ -50,22 +61,30 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmarks that were asked for. Exit status 1 if an implementation was wrong."""
+    """Run the benchmarks that were asked for. Exit status 1 if an implementation was wrong, or yours failed."""
     from mlsys.bench import find
 
     benches = _select(args, find.names())
     size: Size = "quick" if args.quick or args.smoke else "full" if args.full else "default"
     if args.report:
         _need("matplotlib", "jinja2", what="--report")
+        _check_folder(args.report, "--report")
+    if args.save and not args.smoke:
+        _check_folder(args.results, "--results")
+        _check_records(benches, args.results)
     _check_device(args.device)
-    plan: list[tuple[Benchmark, Case]] = []
+    plan: list[tuple[Benchmark, Sequence[Case]]] = []
     for bench in benches:
         try:
             chosen = bench.with_peers(args.peer) if args.peer and len(benches) == 1 else bench
             cases = chosen.select(size, args.dtype)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        plan += [(chosen, case) for case in (cases[:1] if args.smoke else cases)]
+        plan.append((chosen, cases[:1] if args.smoke else cases))
+    if args.impl and (verdict := _verdict(benches[0], args)) and not verdict.passed:
+        _print_verdict(verdict, args)
+        return 1
+
     records: list[Record] = []
     try:
         _measure(plan, args, size, records)
@@ -81,34 +100,77 @@ def run(args: argparse.Namespace) -> int:
 
         page = report.write(records, args.report)
         print(f"report: {page.resolve()}")
-    return 1 if any(r.status == "wrong" for r in records) else 0
+    return 1 if any(r.status in ("wrong", "failed") for r in records) else 0
 
 
 def _select(args: argparse.Namespace, known: list[str]) -> list[Benchmark]:
     from mlsys.bench import find
-    from mlsys.catalog import resolve
 
-    names = [resolve(name, known, kind="benchmark") for name in args.names] or known
+    names = list(dict.fromkeys(_benchmark(name, known) for name in args.names)) or known
     if args.impl and len(names) != 1:
         raise UsageError("--impl needs the one technique it implements: mlsys bench NAME --impl FILE.py:FUNCTION")
     if args.peer and len(names) != 1:
         raise UsageError("--peer needs one technique: mlsys bench NAME --peer PEER")
-    benches = [find.load(name) for name in names]
-    if args.impl:
-        benches = [_with_user_impl(benches[0], args.impl)]
-    return benches
+    return [find.load(name) for name in names]
 
 
-def _with_user_impl(bench: Benchmark, target: str) -> Benchmark:
-    """Check the user's function against the contract, in a process that can be killed, before it is timed."""
+def _benchmark(name: str, known: list[str]) -> str:
+    """The benchmark of this name, or of the technique that it is a backend of."""
+    from mlsys import catalog
+
+    try:
+        return catalog.resolve(name, known, kind="benchmark")
+    except LookupError:
+        with contextlib.suppress(LookupError):
+            technique = catalog.find(name).name
+            if technique in known:
+                return technique
+            raise UsageError(f"{technique} has no benchmark of its own; these have: {', '.join(known)}") from None
+        raise
+
+
+def _verdict(bench: Benchmark, args: argparse.Namespace) -> Verdict | None:
+    """What the contract says of the user's function; None if there is no contract."""
     from mlsys.contracts.isolate import check_isolated
-    from mlsys.loading import load_function
 
-    if bench.contract:
-        verdict = check_isolated(bench.contract, target)
-        if not verdict.passed:
-            raise UsageError(f"{target} is not timed, for it is not right yet.\n{verdict}")
-    return bench.with_impl("yours", load_function(target))
+    if not bench.contract:
+        return None
+    try:
+        return check_isolated(bench.contract, args.impl, limit_s=args.limit, device=args.device)
+    except RuntimeError as broken:  # the check could not be made: neither a pass nor a fail
+        raise UsageError(str(broken)) from broken
+
+
+def _print_verdict(verdict: Verdict, args: argparse.Namespace) -> None:
+    """As `mlsys check` prints it."""
+    from dataclasses import asdict
+
+    if args.json:
+        print(json.dumps({"target": args.impl, "passed": verdict.passed, **asdict(verdict)}, indent=2))
+    else:
+        print(f"{args.impl} against {verdict}")
+    print("not timed: it has to be right first", file=sys.stderr)
+
+
+def _check_folder(folder: Path, option: str) -> None:
+    """That this is a folder or can become one, before anything is measured for it."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise UsageError(f"{option} {folder}: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"{option} {folder}: nothing can be written in {there}")
+
+
+def _check_records(benches: Sequence[Benchmark], folder: Path) -> None:
+    """That the files which new records are merged into can be read."""
+    from mlsys.bench import records
+
+    for bench in benches:
+        for path in folder.glob(f"*/{bench.name}.jsonl"):
+            try:
+                records.read(path)
+            except ValueError as error:
+                raise UsageError(f"--save: {error}") from error
 
 
 def _need(*modules: str, what: str) -> None:
@@ -125,23 +187,40 @@ def _check_device(device: str) -> None:
             raise UsageError("--device cuda: torch finds no CUDA device here; leave --device out to run on the CPU")
 
 
-def _measure(plan: list[tuple[Benchmark, Case]], args: argparse.Namespace, size: Size, records: list[Record]) -> None:
+def _measure(
+    plan: Sequence[tuple[Benchmark, Sequence[Case]]], args: argparse.Namespace, size: Size, records: list[Record]
+) -> None:
     """Run the plan, adding to `records` as it goes."""
-    from mlsys.bench.core import run as run_benchmark
+    from mlsys.bench.core import Settings
+    from mlsys.bench.isolate import Stopped
 
-    with _progress(len(plan)) as (announce, advance):
-        for bench, case in plan:
-            records += run_benchmark(
-                bench,
-                [case],
-                size=size,
-                n_threads=args.threads,
-                device=args.device,
-                budget_s=BUDGET_S[size],
-                smoke=args.smoke,
-                announce=announce,
-            )
-            advance()
+    settings = Settings(size, args.threads, args.device, BUDGET_S[size], args.smoke)
+    with _progress(sum(len(cases) for _, cases in plan)) as (announce, advance):
+        for bench, cases in plan:
+            try:
+                for found in _cases(bench, cases, args, settings, announce):
+                    records += found
+                    advance()
+            except Stopped as stop:
+                records.append(stop.record)
+                print(f"mlsys: {args.impl} is stopped: {stop}", file=sys.stderr)
+
+
+def _cases(
+    bench: Benchmark,
+    cases: Sequence[Case],
+    args: argparse.Namespace,
+    settings: Settings,
+    announce: Callable[[str], None],
+) -> Iterator[list[Record]]:
+    """The records of each case; with the user's function among the implementations, from a process of its own."""
+    from mlsys.bench import core, isolate
+
+    if args.impl:
+        yield from isolate.run_isolated(bench, cases, args.impl, settings, limit_s=args.limit, announce=announce)
+    else:
+        for case in cases:
+            yield core.run_case(bench, case, settings, announce=announce)
 
 
 @contextlib.contextmanager
@@ -170,7 +249,6 @@ def _progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[], 
 
 def _print(records: list[Record], *, as_json: bool) -> None:
     import dataclasses
-    import json
 
     from mlsys.bench import report, tables
 

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlsys.commands import UsageError
+
+if TYPE_CHECKING:
+    from mlsys.claims import Reproduced
 
 PAGE = """# Published numbers, reproduced
 
@@ -41,10 +48,31 @@ def run(args: argparse.Namespace) -> int:
         for row in table:
             print(json.dumps(row, ensure_ascii=False))
     elif args.write:
-        write_atomic(args.write, PAGE + tabulate(table, headers="keys", tablefmt="pipe", disable_numparse=True) + "\n")
-        print(f"wrote {args.write}")
+        write_atomic(args.write, page(done))
+        print(f"wrote {args.write}: {summary(done)}")
     else:
         short = [{k: row[k] for k in ("claim", "technique", "published", "ours", "status", "what")} for row in table]
         widths = [None, None, None, None, None, 50]
         print(tabulate(short, headers="keys", tablefmt="simple", maxcolwidths=widths, disable_numparse=True))
+        print(f"\n{summary(done)}; sources and reasons: --json, or docs/claims.md")
     return 1 if any(r.status != r.claim.expected for r in done) else 0
+
+
+def summary(done: Sequence[Reproduced]) -> str:
+    """How many of each status: "91 claims: 70 exact, 18 approximate, 3 disagree"."""
+    counts = Counter[str](r.status for r in done)
+    words = {"exact": "exact", "approximate": "approximate", "disagrees": "disagree"}
+    return f"{len(done)} claims: " + ", ".join(f"{counts[status]} {word}" for status, word in words.items())
+
+
+def page(done: Sequence[Reproduced]) -> str:
+    """The Markdown page: a table for each technique."""
+    from tabulate import tabulate
+
+    from mlsys.claims import rows
+
+    parts = [PAGE, summary(done) + ".\n"]
+    for area, group in groupby(sorted(done, key=lambda r: r.claim.area), key=lambda r: r.claim.area):
+        table = [{k: v for k, v in row.items() if k != "technique"} for row in rows(list(group))]
+        parts.append(f"\n## {area}\n\n{tabulate(table, headers='keys', tablefmt='pipe', disable_numparse=True)}\n")
+    return "".join(parts)

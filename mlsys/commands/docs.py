@@ -3,15 +3,19 @@
 A page asks for a table with two comment lines, `<!-- bench NAME -->` and
 `<!-- /bench -->`; what stands between them is written by this command, with
 the machine and the date of the measurement. `<!-- list -->` does the same for
-the table of techniques, `<!-- claims -->` for reproduced numbers.
+the table of techniques, `<!-- claims -->` for reproduced numbers, and
+`<!-- run cost train … -->` shows what that `mlsys` command prints.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import io
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +26,7 @@ from mlsys.commands import UsageError
 if TYPE_CHECKING:
     from mlsys.bench.records import Record
 
-MARKED = re.compile(r"(<!-- (bench|list|claims)( [\w.]+)? -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- (bench|list|claims|run)( [^\n]+?)? -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -79,11 +83,24 @@ def _fill(found: re.Match[str], page: Path, root: Path, wanted: dict[Path, str])
         body = _measured((name or "").strip(), page, root, wanted)
     elif kind == "list":
         body = _techniques()
+    elif kind == "run":
+        body = _printed((name or "").strip())
     else:
         from mlsys.claims import as_markdown
 
         body = as_markdown()
     return f"{start}\n{body}\n\n{end}"
+
+
+def _printed(command: str) -> str:
+    """A command and what it prints, as a block; it has to succeed."""
+    from mlsys import cli
+
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        status = cli.main(shlex.split(command))
+    if status:
+        raise UsageError(f"`mlsys {command}`, which a page shows, ended with status {status}")
+    return f"```text\n$ mlsys {command}\n{out.getvalue().rstrip()}\n```"
 
 
 def _techniques() -> str:

@@ -10,9 +10,12 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlsys.commands import UsageError
+
+if TYPE_CHECKING:
+    from mlsys.retrieval.tokenize import Tokenizer
 
 EXAMPLES = """examples:
   mlsys search "parse a date string"
@@ -55,16 +58,34 @@ def run(args: argparse.Namespace) -> int:
     elif hits:
         print("\n\n".join(shown(hit) for hit in hits))
     else:
-        print(f"nothing found: none of the {len(documents)} documents has a word of {query!r}", file=sys.stderr)
+        print(f"nothing found: {_why(query, len(documents))}", file=sys.stderr)
     return 0 if hits else 1
+
+
+def _why(query: str, n_documents: int) -> str:
+    """Why nothing was found: no document has the words, or there is no word to look for."""
+    tokenizer = _tokenizer()
+    asked = " ".join(word for word in query.split() if tokenizer(word))
+    if asked:
+        return f"none of the {n_documents} documents has a word of {asked!r}"
+    return (
+        f"{query!r} holds only stop words (a, of, the, …) or punctuation, which are left out; "
+        "add a word that says what you look for"
+    )
+
+
+def _tokenizer() -> Tokenizer:
+    """How documents and queries become words."""
+    from mlsys.retrieval.tokenize import Tokenizer
+
+    return Tokenizer(split_identifiers=True, stopwords="english", stem=True)
 
 
 def find(query: str, documents: Sequence[Any], k: int, variant: str) -> list[dict[str, Any]]:
     """The best `k` documents (`mlsys.data.docs.Document`) for a query, each with its rank, score and matched words."""
     from mlsys.retrieval.bm25 import BM25
-    from mlsys.retrieval.tokenize import Tokenizer
 
-    tokenizer = Tokenizer(split_identifiers=True, stopwords="english", stem=True)
+    tokenizer = _tokenizer()
     summaries = [tokenizer(document.summary) for document in documents]
     spread = Counter(word for summary in summaries for word in set(summary))
     words = {word for word, count in spread.items() if count >= 10 and len(word) >= 3}

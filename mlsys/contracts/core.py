@@ -185,24 +185,28 @@ def check(
     for index, case in enumerate(contract.cases):
         if on_case:
             on_case(index, case)
-        got, problem = _run(contract, impl, index, seed, device)
+        got, conduct = _run(contract, impl, index, seed, device)
+        problem = conduct if got is None or conduct else contract.verify(_inputs(contract, index, seed, device), got)
         if problem:
-            failure = Failure(dict(case), shapes(contract.inputs(case, seed + index, device)), problem)
+            failure = Failure(dict(case), shapes(_inputs(contract, index, seed, device)), problem)
             if on_failure:
                 on_failure(failure)
-            like = None if got is None else _alike(contract, impl, index, got, seed, device)
+            like = None if got is None else _alike(contract, impl, index, got, conduct, seed, device)
             if like:
                 failure = Failure(failure.case, failure.shapes, problem, like, contract.wrong[like].hint)
             return Verdict(contract.name, index + 1, failure, time.perf_counter() - started)
     return Verdict(contract.name, len(contract.cases), None, time.perf_counter() - started)
 
 
+def _inputs(contract: Contract, index: int, seed: int, device: str) -> Inputs:
+    return contract.inputs(contract.cases[index], seed + index, device)
+
+
 def _run(
     contract: Contract, impl: Callable[..., Any], index: int, seed: int, device: str
 ) -> tuple[Results | None, str | None]:
-    """One case: the results (None if there are none) and what is wrong with them (None if nothing is)."""
-    case = contract.cases[index]
-    inputs = contract.inputs(case, seed + index, device)
+    """One case: the results (None if there are none), and what broke the contract before any number was looked at."""
+    inputs = _inputs(contract, index, seed, device)
     try:
         got = contract.call(impl, inputs)
         arrays = {name: _result(name, value) for name, value in got.items()}
@@ -212,28 +216,37 @@ def _run(
         file = source_file(impl)
         where = raised_at(error, file) if file else None
         return None, f"raised {one_line(error)}" + (f", at {where}" if where else "")
-    fresh = contract.inputs(case, seed + index, device)
+    fresh = _inputs(contract, index, seed, device)
     changed = [name for name in fresh if not unchanged(fresh[name], inputs[name])]
-    if changed:
-        return arrays, f"modified its argument {', '.join(changed)} in place"
-    return arrays, contract.verify(fresh, arrays)
+    return arrays, f"modified its argument {', '.join(changed)} in place" if changed else None
 
 
 def _alike(
-    contract: Contract, impl: Callable[..., Any], index: int, got: Results, seed: int, device: str
+    contract: Contract,
+    impl: Callable[..., Any],
+    index: int,
+    got: Results,
+    conduct: str | None,
+    seed: int,
+    device: str,
 ) -> str | None:
     """The wrong variant that computes what `impl` does, if one does on the case that failed.
 
+    It must break the contract in the same way, and where that is by its numbers, leave at most half of
+    the error unexplained: where the tolerance is wide, something less wrong is within it by chance.
     If several do (on a small case many mistakes look the same), the one that agrees with `impl` on
     the most of the other cases, then the nearest.
     """
+    want, allowed = _expected(contract, _inputs(contract, index, seed, device))
+    most = 1.0 if conduct else min(1.0, _distance(got, want, allowed, shared=True) / 2)
     distances = {}
     for name, wrong in contract.wrong.items():
         theirs, problem = _run(contract, wrong.impl, index, seed, device)
-        if theirs is not None and problem is not None:
-            distance = _distance(contract, index, seed, device, got, theirs)
-            if distance <= 1.0:
-                distances[name] = distance
+        if theirs is None or problem != conduct:
+            continue
+        distance = _distance(got, theirs, allowed)
+        if distance <= most and (conduct or contract.verify(_inputs(contract, index, seed, device), theirs)):
+            distances[name] = distance
     if len(distances) < 2:
         return next(iter(distances), None)
 
@@ -241,27 +254,35 @@ def _alike(
     others = [other for other in range(len(contract.cases)) if other != index]
     for other in others[:: max(1, math.ceil(len(others) / HINT_CASES))]:
         mine, _ = _run(contract, impl, other, seed, device)
+        if mine is None:
+            continue
+        _, allowed = _expected(contract, _inputs(contract, other, seed, device))
         for name in agreed:
             theirs, _ = _run(contract, contract.wrong[name].impl, other, seed, device)
-            if mine is not None and theirs is not None:
-                agreed[name] += _distance(contract, other, seed, device, mine, theirs) <= 1.0
+            agreed[name] += theirs is not None and _distance(mine, theirs, allowed) <= 1.0
     return max(distances, key=lambda name: (agreed[name], -distances[name]))
 
 
-def _distance(contract: Contract, index: int, seed: int, device: str, a: Results, b: Results) -> float:
-    """The largest difference between two results of a case, in units of what two right ones may differ by."""
-    inputs = contract.inputs(contract.cases[index], seed + index, device)
-    want = {name: np.asarray(value) for name, value in contract.oracle(inputs).items()}
-    if a.keys() != b.keys():
+def _expected(contract: Contract, inputs: Inputs) -> tuple[Results, dict[str, float]]:
+    """The oracle's results, and by how much two right ones may differ."""
+    want: Results = {name: np.asarray(value) for name, value in contract.oracle(inputs).items()}
+    return want, {name: 2 * contract.tolerance(inputs, name, value) for name, value in want.items()}
+
+
+def _distance(a: Results, b: Results, allowed: Mapping[str, float], *, shared: bool = False) -> float:
+    """The largest difference between two results of a case, in units of what is allowed; inf if they differ in kind.
+
+    `shared`: look only at the results that both have.
+    """
+    if a.keys() != b.keys() and not shared:
         return math.inf
     distance = 0.0
-    for name in a:
+    for name in a.keys() & b.keys():
         if a[name].shape != b[name].shape:
             return math.inf
         gap = float(difference(a[name], b[name]).max(initial=0.0))
-        allowed = 2 * contract.tolerance(inputs, name, want[name]) if name in want else 0.0
         if gap > 0:
-            distance = max(distance, gap / allowed if allowed > 0 else math.inf)
+            distance = max(distance, gap / allowed[name] if allowed.get(name, 0.0) > 0 else math.inf)
     return distance
 
 

@@ -20,7 +20,8 @@ Cost:
     One start of Python and of torch, 1 to 3 s, and the check itself.
 
 See also:
-    `mlsys.contracts.core` (the check), `mlsys.loading` (how the file is imported).
+    `mlsys.contracts.core` (the check), `mlsys.loading` (how the file is imported), `mlsys.bench.isolate` (someone's
+    code timed in such a process).
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import psutil
 
@@ -49,8 +50,8 @@ from mlsys import loading
 from mlsys.contracts import find
 from mlsys.contracts.core import Contract, Failure, Verdict, check
 
-START = "import sys, json; spec = json.loads(sys.stdin.buffer.read()); sys.path[:] = spec['path']; "
-START += "from mlsys.contracts.isolate import serve; serve(spec)"
+START = "import sys, json, importlib; spec = json.loads(sys.stdin.buffer.read()); sys.path[:] = spec['path']; "
+START += "importlib.import_module(spec['server']).serve(spec)"
 COOKIE = "MLSYS_CHECK"  # in the environment of the child and so of all that it starts: how they are found again
 RAISED = {kind.__name__: kind for kind in (ValueError, TypeError, LookupError, ImportError, FileNotFoundError)}
 LONGEST_LINE = 1 << 20
@@ -81,16 +82,17 @@ def check_isolated(
     if not limit_s > 0:
         raise ValueError(f"limit_s must be positive, got {limit_s}")
     path = loading.split(target)[0] if target else None  # say what is wrong with it before starting anything
-    with _child(name, target, seed, device, memory_bytes) as child:
-        return child.verdict(limit_s, start_limit_s, path)
+    spec = {"name": name, "target": target, "seed": seed, "device": device, "memory_bytes": memory_bytes}
+    with child(__name__, spec) as started:
+        return _verdict(started, name, limit_s, start_limit_s, path)
 
 
 # --- the parent -------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _child(name: str, target: str | None, seed: int, device: str, memory_bytes: int | None) -> Iterator[_Child]:
-    """A child at work; at the end it is gone, with everything that it started."""
+def child(server: str, spec: dict[str, Any]) -> Iterator[Child]:
+    """A child that calls `serve` of the module `server` with this spec; at the end it is gone, with all it started."""
     token, cookie = secrets.token_hex(16), secrets.token_hex(16)
     read_end, write_end = os.pipe()
     with tempfile.TemporaryFile() as stack, os.fdopen(read_end, "rb", buffering=0) as channel:
@@ -107,76 +109,30 @@ def _child(name: str, target: str | None, seed: int, device: str, memory_bytes: 
             os.close(write_end)
         try:
             spec = {
-                "name": name,
-                "target": target,
-                "seed": seed,
-                "device": device,
-                "memory_bytes": memory_bytes,
+                **spec,
+                "server": server,
                 "path": [entry for entry in sys.path if entry],
                 "token": token,
                 "channel": write_end,
                 "stack": stack.fileno(),
             }
             assert process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):  # it died at once; `verdict` says so
+            with contextlib.suppress(BrokenPipeError):  # it died at once; whoever reads its messages says so
                 process.stdin.write(json.dumps(spec).encode())
                 process.stdin.close()
-            yield _Child(name, process, channel, stack, token)
+            yield Child(process, channel, stack, token)
         finally:
             _end(process, cookie)
 
 
-class _Child:
-    """The parent's view of the child: what it has said so far, and the wait for its verdict."""
+class Child:
+    """The parent's view of the child: what it says, where it is stuck, how it ended."""
 
-    def __init__(self, name: str, process: subprocess.Popen[bytes], channel: IO[bytes], stack: IO[bytes], token: str):
-        self.name = name
+    def __init__(self, process: subprocess.Popen[bytes], channel: IO[bytes], stack: IO[bytes], token: str):
         self.process = process
         self.channel = channel
         self.stack = stack
         self.token = token
-        self.running: dict[str, Any] | None = None  # the case that was last begun
-        self.failure: Failure | None = None  # known before the search for its hint, and kept if that dies
-        self.cases = 0
-
-    def verdict(self, limit_s: float, start_limit_s: float, path: Path | None) -> Verdict:
-        """Wait for the verdict, or for the end of time or of the process, which is one too."""
-        started: float | None = None
-        deadline = time.monotonic() + start_limit_s
-        for message in self.messages():
-            if message is None:  # nothing new
-                if time.monotonic() < deadline:
-                    continue
-                if started is None:
-                    raise RuntimeError(f"the check did not start within {start_limit_s:g} s")
-                return self.broken(
-                    f"no answer within {limit_s:g} s{self.stuck_at(path)}; an endless loop?", started, path
-                )
-            match message["event"]:
-                case "ready":
-                    started = time.monotonic()
-                    deadline = started + limit_s
-                case "case":
-                    self.running, self.cases = message["case"], message["index"] + 1
-                case "failure":
-                    self.failure = Failure(**message["failure"])
-                case "error":
-                    raise RAISED.get(message["kind"], RuntimeError)(message["message"])
-                case "verdict":
-                    failure = message["failure"]
-                    found = Failure(**failure) if failure else None
-                    return Verdict(message["contract"], message["cases"], found, message["seconds"])
-        how = _ending(self.process.wait())
-        if started is None:
-            raise RuntimeError(f"the check did not start: its process {how}")
-        return self.broken(f"the process {how}{self.last_line(path)}", started, path)
-
-    def broken(self, message: str, started: float, path: Path | None) -> Verdict:
-        """The verdict when the child could not give one."""
-        if self.running is None:
-            message += f" (while importing {path.name})" if path else " (before the first case)"
-        failure = self.failure or Failure(self.running or {}, {}, message)
-        return Verdict(self.name, self.cases, failure, time.monotonic() - started)
 
     def messages(self, wait_s: float = 0.05) -> Iterator[dict[str, Any] | None]:
         """What the child says, None whenever it is time to look at the clock; ends when the child has."""
@@ -204,6 +160,10 @@ class _Child:
         except ValueError:
             return None
         return message if isinstance(message, dict) and message.get("token") == self.token else None
+
+    def ending(self) -> str:
+        """How it ended, in words; waits for it."""
+        return _ending(self.process.wait())
 
     def stuck_at(self, path: Path | None) -> str:
         """Ask the child's fault handler which line it is at: ", at my.py:12 in my_flash"."""
@@ -233,6 +193,51 @@ class _Child:
         code = linecache.getline(str(path), int(frame[1])).strip()
         inside = "" if frame[2] == "<module>" else f" in {frame[2]}"
         return f" at {path.name}:{frame[1]}{inside}" + (f": `{code}`" if code else "")
+
+
+def reraise(message: dict[str, Any]) -> NoReturn:
+    """Raise here what the child's message "error" says was raised there."""
+    raise RAISED.get(message["kind"], RuntimeError)(message["message"])
+
+
+def _verdict(child: Child, name: str, limit_s: float, start_limit_s: float, path: Path | None) -> Verdict:
+    """Wait for the verdict, or for the end of time or of the process, which is one too."""
+    running: dict[str, Any] | None = None  # the case that was last begun
+    failure: Failure | None = None  # known before the search for its hint, and kept if that dies
+    cases = 0
+    started: float | None = None
+    deadline = time.monotonic() + start_limit_s
+
+    def broken(message: str, since: float) -> Verdict:
+        """The verdict when the child could not give one."""
+        if running is None:
+            message += f" (while importing {path.name})" if path else " (before the first case)"
+        return Verdict(name, cases, failure or Failure(running or {}, {}, message), time.monotonic() - since)
+
+    for message in child.messages():
+        if message is None:  # nothing new
+            if time.monotonic() < deadline:
+                continue
+            if started is None:
+                raise RuntimeError(f"the check did not start within {start_limit_s:g} s")
+            return broken(f"no answer within {limit_s:g} s{child.stuck_at(path)}; an endless loop?", started)
+        match message["event"]:
+            case "ready":
+                started = time.monotonic()
+                deadline = started + limit_s
+            case "case":
+                running, cases = message["case"], message["index"] + 1
+            case "failure":
+                failure = Failure(**message["failure"])
+            case "error":
+                reraise(message)
+            case "verdict":
+                found = Failure(**message["failure"]) if message["failure"] else None
+                return Verdict(message["contract"], message["cases"], found, message["seconds"])
+    how = child.ending()
+    if started is None:
+        raise RuntimeError(f"the check did not start: its process {how}")
+    return broken(f"the process {how}{child.last_line(path)}", started)
 
 
 def _ending(status: int) -> str:
@@ -273,7 +278,12 @@ def _carries(process: psutil.Process, cookie: str) -> bool:
 
 
 def serve(spec: dict[str, Any]) -> None:
-    """Do what `spec` asks and say so on its channel; does not return."""
+    """Check what `spec` asks for; does not return."""
+    answer(spec, _answer)
+
+
+def answer(spec: dict[str, Any], work: Callable[[dict[str, Any], Callable[..., None]], None]) -> None:
+    """Do `work(spec, send)`, which says what it does by `send(event, **fields)`; does not return."""
     own_pid = os.getpid()
     os.set_inheritable(spec["channel"], False)
     os.set_inheritable(spec["stack"], False)
@@ -290,7 +300,7 @@ def serve(spec: dict[str, Any]) -> None:
             line = line[os.write(spec["channel"], line) :]
 
     try:
-        _answer(spec, send)
+        work(spec, send)
     except Exception as error:
         kind = next((base.__name__ for base in type(error).__mro__ if base.__name__ in RAISED), "RuntimeError")
         text = str(error) if type(error) in (*RAISED.values(), RuntimeError) else loading.one_line(error)
@@ -305,7 +315,7 @@ def _answer(spec: dict[str, Any], send: Any) -> None:
     """Load and check, sending each step."""
     contract = resolve(spec["name"])
     if spec["device"] == "cpu":
-        _limit_memory(spec["memory_bytes"])
+        limit_memory(spec["memory_bytes"])
     send("ready")
     sys.dont_write_bytecode = True  # from here on it is someone else's folder
     impl = loading.load_function(spec["target"]) if spec["target"] else contract.reference
@@ -342,7 +352,7 @@ def resolve(name: str) -> Contract:
     return found
 
 
-def _limit_memory(more: int | None) -> None:
+def limit_memory(more: int | None) -> None:
     """Let this process map `more` bytes beyond what it has; an allocation past that raises MemoryError."""
     import resource
 

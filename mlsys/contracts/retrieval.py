@@ -8,14 +8,16 @@ queries are lists of lists of tokens, and the result is `(scores, ids)`, both
 - a hit is a document that shares a term with the query, whatever its score;
 - with fewer than k hits the row is filled with id -1 and score 0;
 - equal scores are ordered by id, smallest first;
-- a term that the query repeats counts each time.
+- a term that the query repeats counts each time;
+- `fit` replaces what an earlier `fit` built, an index can be searched again and
+  again, and indexes share nothing.
 
 The variants asked for are "lucene" and "okapi" (as in rank_bm25); their formulas
 are in `mlsys.retrieval.bm25`. Which of two documents comes first is not judged
 where their scores differ by less than rounding, unless the documents are the same.
 
 Cost:
-    Corpora of 12 to 60 documents, scored by two plain loops: milliseconds a case.
+    Corpora of 32 to 60 documents, and one of 320, scored by two plain loops: milliseconds a case.
 
 Papers:
     Those of `mlsys.retrieval.bm25`.
@@ -32,7 +34,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -55,6 +57,7 @@ class Plain:
     keep_negative: bool = False  # okapi: … or stays negative
     count_tokens: bool = False  # df counts tokens, not documents
     distinct_length: bool = False  # |d| counts distinct terms
+    count: Callable[[int], int] = lambda tf: tf  # how an occurrence count is kept
     ratio: Callable[[float, float], float] = lambda length, average: length / average
     swap_b: bool = False
     ignore_b: bool = False
@@ -64,6 +67,7 @@ class Plain:
     everything_hits: bool = False
     only_positive: bool = False
     order: Callable[[float, int], tuple[float, int]] = lambda score, document: (-score, document)
+    id_type: type[np.integer] = np.int64
 
     def fit(self, documents: list[Tokens]) -> Plain:
         """Count what the formulas need."""
@@ -87,7 +91,7 @@ class Plain:
         """The score of one document for one query."""
         total = 0.0
         for term in dict.fromkeys(query) if self.query_as_set else query:
-            tf = self.counts[document][term]
+            tf = self.count(self.counts[document][term])
             if tf:
                 b = 0.0 if self.ignore_b else 1 - self.b if self.swap_b else self.b
                 norm = self.k1 * (1 - b + b * self.ratio(self.lengths[document], self.average))
@@ -105,19 +109,59 @@ class Plain:
             found = [(score, document) for score, document in found if score > 0 or not self.only_positive]
             for rank, (score, document) in enumerate(sorted(found, key=lambda hit: self.order(*hit))[:k]):
                 scores[row, rank], ids[row, rank] = score, document
-        return scores, ids
+        return scores, ids.astype(self.id_type)
 
     def hits(self, query: Tokens) -> list[int]:
         """The documents that share a term with the query, in order of id."""
-        shared = [any(term in count for term in query) for count in self.counts]
+        shared = [not count.keys().isdisjoint(query) for count in self.counts]
         return [document for document, hit in enumerate(shared) if hit or self.everything_hits]
 
 
+class Appending(Plain):
+    """Wrong: a second `fit` adds to what the first one built."""
+
+    def fit(self, documents: list[Tokens]) -> Plain:
+        """Count all documents that this index was ever given."""
+        self.seen = [*getattr(self, "seen", []), *documents]
+        return super().fit(self.seen)
+
+
+class Repeating(Plain):
+    """Wrong: every search after the first gives the answer of the first."""
+
+    def search(self, queries: list[Tokens], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Search once."""
+        if not hasattr(self, "answer"):
+            self.answer = super().search(queries, k)
+        return self.answer
+
+
+class Sharing(Plain):
+    """Wrong: what `fit` counts is kept in the class, so that all indexes are the one fitted last."""
+
+    latest: ClassVar[dict[str, Any]] = {}
+
+    def fit(self, documents: list[Tokens]) -> Plain:
+        """Fit for all."""
+        super().fit(documents)
+        type(self).latest = dict(vars(self))
+        return self
+
+    def search(self, queries: list[Tokens], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Search what was fitted last."""
+        vars(self).update(self.latest)
+        return super().search(queries, k)
+
+
 def inputs(case: Case, seed: int, device: str) -> Inputs:
-    """Token lists of the kind that the case names."""
+    """Token lists of the kind that the case names; `others` are documents for what else the case does."""
     documents, queries = CORPORA[case["corpus"]](random.Random(seed))
     settings = {name: case[name] for name in ("k", "variant", "k1", "b")}
-    return {"documents": documents, "queries": queries, **settings}
+    drawn = {"documents": documents, "queries": queries, **settings}
+    if "use" in case:
+        others = [_words(random.Random(-1 - seed), 9) for _ in range(25)]
+        drawn |= {"use": case["use"], "others": others}
+    return drawn
 
 
 def _words(rng: random.Random, n: int, vocabulary: int = 30) -> Tokens:
@@ -127,7 +171,7 @@ def _words(rng: random.Random, n: int, vocabulary: int = 30) -> Tokens:
 
 def _random(rng: random.Random) -> tuple[list[Tokens], list[Tokens]]:
     documents = [_words(rng, rng.randint(3, 20)) for _ in range(40)]
-    return documents, [["w0", *{f"w{rng.randint(3, 20)}" for _ in range(2)}] for _ in range(6)]
+    return documents, [["w0", *dict.fromkeys(f"w{rng.randint(3, 20)}" for _ in range(2))] for _ in range(6)]
 
 
 def _repeated(rng: random.Random) -> tuple[list[Tokens], list[Tokens]]:
@@ -166,6 +210,16 @@ def _common(rng: random.Random) -> tuple[list[Tokens], list[Tokens]]:
     return documents, [["most"], ["many", "half"], ["half"], ["most", "w20"], ["many", "few"]]
 
 
+def _many(rng: random.Random) -> tuple[list[Tokens], list[Tokens]]:
+    """More documents than a byte can number, more words than a small hash can tell apart, more of one than 255."""
+    vocabulary = [f"w{rng.getrandbits(32):x}" for _ in range(4000)]
+    documents = [rng.choices(vocabulary, k=10) for _ in range(320)]
+    for position, count in ((20, 20), (150, 1), (310, 300)):
+        documents[position] += count * ["often"]
+    queries = [[*rng.choices(vocabulary, k=8), *document[:2]] for document in documents[::32]]
+    return documents, [["often"], *queries]
+
+
 CORPORA = {
     "random words": _random,
     "repeated query words": _repeated,
@@ -173,6 +227,7 @@ CORPORA = {
     "empty documents": _empty,
     "duplicates": _duplicates,
     "common words": _common,
+    "many documents and words": _many,
 }
 
 CASES = [
@@ -190,14 +245,31 @@ CASES = [
     {"corpus": "repeated query words", "k": 10, "variant": "okapi", "k1": 1.2, "b": 0.5},
     {"corpus": "duplicates", "k": 60, "variant": "okapi", "k1": 0.9, "b": 0.4},
     {"corpus": "empty documents", "k": 10, "variant": "okapi", "k1": 2.0, "b": 0.9},
+    {"corpus": "random words", "k": 5, "variant": "lucene", "k1": 1.5, "b": 0.75, "use": "search again"},
+    {"corpus": "random words", "k": 5, "variant": "lucene", "k1": 1.5, "b": 0.75, "use": "fit again"},
+    {"corpus": "random words", "k": 5, "variant": "lucene", "k1": 1.5, "b": 0.75, "use": "two indexes"},
+    {"corpus": "many documents and words", "k": 10, "variant": "lucene", "k1": 1.5, "b": 0.75},
 ]
 
 
 def call(make: Callable[..., Any], inputs: Inputs) -> Results:
-    """Fit, search, and see that the result is two rectangles."""
+    """Fit, search, and see that the result is two rectangles; before that, whatever else the case does."""
     index = make(variant=inputs["variant"], k1=inputs["k1"], b=inputs["b"])
-    index.fit(inputs["documents"])
-    answer = index.search(inputs["queries"], inputs["k"])
+    use, queries, k = inputs.get("use"), inputs["queries"], inputs["k"]
+    if use == "fit again":
+        index.fit(inputs["others"])
+        index.search(queries, k)
+    if use == "two indexes":
+        other = make(variant=inputs["variant"], k1=inputs["k1"] + 1, b=1 - inputs["b"])
+        index.fit(inputs["documents"])
+        other.fit(inputs["others"])
+        other.search(queries, k)
+    else:
+        index.fit(inputs["documents"])
+    if use == "search again":
+        index.search(queries[::-1], k)
+        index.search(queries[:1], 1)
+    answer = index.search(queries, k)
     if not isinstance(answer, tuple) or len(answer) != 2:
         raise Mismatch(f"search returned a {type(answer).__name__}, expected the tuple (scores, ids)")
     scores, ids = (np.asarray(part) for part in answer)
@@ -289,6 +361,17 @@ WRONG = {
     "floor_at_zero": Wrong(partial(Plain, floor=0.0), "okapi's floor for a negative idf is ¼ of the mean idf, not 0"),
     "zero_scores_dropped": Wrong(
         partial(Plain, only_positive=True), "a document that shares a term is a hit, even if its score is 0"
+    ),
+    "answers_as_before": Wrong(Repeating, "each search answers its own queries: keep nothing of the one before"),
+    "fit_adds": Wrong(Appending, "fit replaces what an earlier fit built: start from nothing in it"),
+    "shared_state": Wrong(
+        Sharing, "two indexes share nothing: keep what fit builds in the object, not in the class or the module"
+    ),
+    "tf_in_a_byte": Wrong(
+        partial(Plain, count=lambda tf: tf % 256), "count in more than 8 bits: a word may occur more than 255 times"
+    ),
+    "ids_in_a_byte": Wrong(
+        partial(Plain, id_type=np.int8), "ids need more than 8 bits: a corpus may have more than 127 documents"
     ),
 }
 

@@ -47,9 +47,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
-import platformdirs
-
-from mlsys.files import write_atomic
+from mlsys.files import cache_folder, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +97,8 @@ class Document:
 def load(packages: Iterable[str] = (), *, cache_dir: str | os.PathLike[str] | None = None) -> list[Document]:
     """Public docstrings of the standard library, then of each of `packages` (import names), in a fixed order.
 
+    A package of the standard library adds nothing, and `logging` says so.
+
     The first call for a package takes seconds and says so through `logging`; the next ones read the cache.
     A damaged cache file is read as none: it is built again, with a warning.
 
@@ -106,16 +106,19 @@ def load(packages: Iterable[str] = (), *, cache_dir: str | os.PathLike[str] | No
     """
     if isinstance(packages, str):
         raise TypeError(f"packages must be a list of import names, got the string {packages!r}: use [{packages!r}]")
-    names = list(dict.fromkeys(packages))
-    sources = [_stdlib_source(), *(_package_source(name) for name in names if name != STDLIB)]
+    names = [name for name in dict.fromkeys(packages) if name != STDLIB]
+    for name in names:
+        if name in sys.stdlib_module_names:
+            log.info("%s is in the standard library, whose documents are read anyway", name)
+    others = [_package_source(name) for name in names if name not in sys.stdlib_module_names]
+    sources = [_stdlib_source(), *others]
     folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     return [document for source in sources for document in _cached(source, folder)]
 
 
 def default_cache_dir() -> Path:
     """Where `load` keeps what it read: in MLSYS_CACHE if that is set, else in the platform's user cache folder."""
-    root = os.environ.get("MLSYS_CACHE") or platformdirs.user_cache_dir("mlsys", appauthor=False)
-    return Path(root) / "docs"
+    return cache_folder() / "docs"
 
 
 def known_items(
@@ -273,7 +276,7 @@ def _version(name: str, place: Path) -> str:
 
 
 def _read(source: _Source) -> list[Document]:
-    """Read every module of a source; a file that is not valid Python is skipped."""
+    """Read every module of a source; a file that is not valid Python, or too much for its parser, is skipped."""
     documents: dict[tuple[str, str], Document] = {}
     imports: dict[str, list[ast.ImportFrom]] = {}
     for path, module in source.modules():
@@ -284,8 +287,11 @@ def _read(source: _Source) -> list[Document]:
                 tree = _tree(file.read())
             shown = path.relative_to(source.folder.parent if source.prefix else source.folder).as_posix()
             found = _documents(tree, module, shown, source.package)
-        except (SyntaxError, ValueError, RecursionError, OSError) as error:  # templates, old Python, odd encodings
+        except (SyntaxError, ValueError, OSError) as error:  # templates, old Python, odd encodings
             log.debug("skipped %s: %s", path, error)
+            continue
+        except (MemoryError, RecursionError) as error:  # the parser's stack is limited: which one depends on the Python
+            log.warning("skipped %s: it is nested too deeply to be parsed (%s)", path, type(error).__name__)
             continue
         for document in found:  # the same text under the same name, as in the two branches of an `if`, counts once
             documents.setdefault((document.name, document.summary + document.body), document)

@@ -18,9 +18,13 @@ Memory:
     None.
 
 Papers:
-    Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2: learned positions, LayerNorm, GELU).
+    Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", Table 2 (GPT-2 sizes).
     Brown et al. 2020, arXiv:2005.14165, Table 2.1 (GPT-3 sizes).
-    Touvron et al. 2023, arXiv:2307.09288 (Llama 2: RoPE, RMSNorm, SwiGLU, grouped queries at 70B).
+    Zhang et al. 2022, arXiv:2205.01068, Table 1 (OPT sizes).
+    Touvron et al. 2023, arXiv:2302.13971, Table 2 (widths of Llama 7B and 13B, which Llama 2 keeps).
+    Touvron et al. 2023, arXiv:2307.09288, section 2.2 (Llama 2: RoPE, RMSNorm, SwiGLU, grouped queries at 70B).
+    Llama Team 2024, arXiv:2407.21783, Table 3 (Llama 3 sizes).
+    Jiang et al. 2023, arXiv:2310.06825, Table 1 (Mistral 7B).
     Jiang et al. 2024, arXiv:2401.04088, Table 1 (Mixtral 8x7B).
     DeepSeek-AI 2024, arXiv:2412.19437, section 4.2 (DeepSeek-V3: latent attention, 256 routed experts).
 
@@ -30,8 +34,11 @@ See also:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
+
+from mlsys.perf._checks import amount, known, whole
 
 Norm = Literal["layernorm", "rmsnorm"]
 Activation = Literal["gelu", "swiglu"]
@@ -55,6 +62,13 @@ class LatentAttention:
     rope_dim: int
     value_dim: int
 
+    def __post_init__(self) -> None:
+        whole("query_rank", self.query_rank, at_least=0)
+        for name in ("kv_rank", "nope_dim", "rope_dim", "value_dim"):
+            whole(name, getattr(self, name))
+        if self.rope_dim % 2:
+            raise ValueError(f"rope_dim={self.rope_dim}: rotary positions turn pairs, so it must be even")
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -77,6 +91,14 @@ class Experts:
     interval: int = 1
     router_bias: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("count", "per_token", "d_ff", "interval"):
+            whole(name, getattr(self, name))
+        for name in ("shared", "first_dense"):
+            whole(name, getattr(self, name), at_least=0)
+        if self.per_token > self.count:
+            raise ValueError(f"per_token={self.per_token}: a layer has only count={self.count} experts")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -91,7 +113,7 @@ class Config:
     head_dim:   width of one head; usually d_model / heads.
     d_ff:       hidden width of the MLP.
     tied:       the output matrix is the token embedding.
-    bias:       linear layers, and LayerNorm, have biases.
+    bias:       linear layers, and LayerNorm, have biases; the output matrix and an expert router never do.
     latent:     latent attention instead; `kv_heads` and `head_dim` are then not used.
     experts:    a mixture of experts instead of the MLP.
     source:     where the numbers are printed.
@@ -118,27 +140,16 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("vocab", "context", "layers", "d_model", "heads", "kv_heads", "head_dim", "d_ff"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed")
+            whole(name, getattr(self, name))
+        for name in ("rope_theta", "norm_eps"):
+            amount(name, getattr(self, name), positive=True)
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
-        for name, known in (
-            ("norm", ("layernorm", "rmsnorm")),
-            ("activation", ("gelu", "swiglu")),
-            ("positions", ("learned", "rope")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r}: known are {', '.join(known)}")
+        known("norm", self.norm, get_args(Norm))
+        known("activation", self.activation, get_args(Activation))
+        known("positions", self.positions, get_args(Positions))
         if self.positions == "rope" and self.latent is None and self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim}: rotary positions turn pairs, so it must be even")
-        if self.experts and not 1 <= self.experts.per_token <= self.experts.count:
-            raise ValueError(f"per_token={self.experts.per_token}: must lie between 1 and count={self.experts.count}")
-        if self.experts and (self.experts.interval < 1 or self.experts.first_dense < 0):
-            raise ValueError(
-                f"interval={self.experts.interval}, first_dense={self.experts.first_dense}: "
-                "at least 1 and at least 0 are needed"
-            )
 
     @property
     def expert_layers(self) -> int:
@@ -222,12 +233,13 @@ def llama(
     )
 
 
-LLAMA_2 = "Touvron et al. 2023, arXiv:2307.09288"
+LLAMA_2 = "Touvron et al. 2023, arXiv:2307.09288; widths: arXiv:2302.13971, Table 2"
 LLAMA_3 = "Llama Team 2024, arXiv:2407.21783, Table 3"
-GPT_2 = "Radford et al. 2019, Table 2"
+GPT_2 = "Radford et al. 2019, Table 2; heads: the released weights"
 
-# By the names that `mlsys cost --model` takes.
-MODELS = {
+# By the names that `mlsys cost --model` takes. What a record cannot say: OPT uses ReLU and keeps two unused rows
+# before its positions (10,240 parameters more), Mistral attends to the last 4,096 tokens only.
+MODELS: Mapping[str, Config] = {
     "gpt2": gpt(12, 768, 12, source=GPT_2),
     "gpt2-medium": gpt(24, 1024, 16, source=GPT_2),
     "gpt2-large": gpt(36, 1280, 20, source=GPT_2),
@@ -236,7 +248,16 @@ MODELS = {
     "opt-13b": gpt(40, 5120, 40, vocab=50272, context=2048, source="Zhang et al. 2022, arXiv:2205.01068, Table 1"),
     "llama-2-7b": llama(32, 4096, 32, 11008, vocab=32000, context=4096, source=LLAMA_2),
     "llama-2-13b": llama(40, 5120, 40, 13824, vocab=32000, context=4096, source=LLAMA_2),
-    "llama-2-70b": llama(80, 8192, 64, 28672, vocab=32000, context=4096, kv_heads=8, source=LLAMA_2),
+    "llama-2-70b": llama(
+        80,
+        8192,
+        64,
+        28672,
+        vocab=32000,
+        context=4096,
+        kv_heads=8,
+        source="Touvron et al. 2023, arXiv:2307.09288; widths: the released params.json",
+    ),
     "llama-3-8b": llama(
         32, 4096, 32, 14336, vocab=128256, context=8192, kv_heads=8, rope_theta=500_000.0, source=LLAMA_3
     ),
@@ -244,7 +265,14 @@ MODELS = {
         80, 8192, 64, 28672, vocab=128256, context=8192, kv_heads=8, rope_theta=500_000.0, source=LLAMA_3
     ),
     "mistral-7b": llama(
-        32, 4096, 32, 14336, vocab=32000, context=8192, kv_heads=8, source="Jiang et al. 2023, arXiv:2310.06825, Table 1"
+        32,
+        4096,
+        32,
+        14336,
+        vocab=32000,
+        context=8192,
+        kv_heads=8,
+        source="Jiang et al. 2023, arXiv:2310.06825, Table 1",
     ),
     "mixtral-8x7b": llama(
         32,

@@ -77,7 +77,15 @@ from mlsys.retrieval.tokenize import Tokenizer
 
 Texts = Sequence[str | Sequence[str]]  # each a string, or a list of tokens
 
-FORMAT = "mlsys.bm25/1"
+FORMAT = "mlsys.bm25/1"  # of a saved index, which holds these settings and arrays:
+SETTINGS = ("variant", "k1", "b", "delta", "tokenizer", "n_documents", "average_length")
+ARRAYS = {
+    "vocabulary": np.uint8,  # UTF-8 of a JSON list: the words, by term id
+    "indptr": np.int64,
+    "indices": np.int32,
+    "impacts": np.float32,
+    "absent": np.float64,
+}
 
 
 @dataclass(frozen=True)
@@ -143,8 +151,11 @@ class BM25:
     delta:     δ of the bm25+ and bm25l variants; None takes the variant's own.
     tokenizer: callable str → list of str for documents and queries given as strings; None takes `Tokenizer()`.
 
-    Fitted: `vocabulary_` (term → term id), `n_documents_`, `average_length_`, `indptr_`, `indices_`, `impacts_`
-    (the postings, see the module), `absent_` (per term, what a document without it scores).
+    Setting one of these after `fit` has no effect before the next `fit`.
+
+    Fitted: `parameters_` (the five above as they were used), `vocabulary_` (term → term id), `n_documents_`,
+    `average_length_`, `indptr_`, `indices_`, `impacts_` (the postings, see the module), `absent_` (per term, what a
+    document without it scores).
 
         >>> index = BM25().fit(["the cat sat", "the dog ran"])
         >>> scores, ids = index.search(["a dog"], k=1)
@@ -152,6 +163,7 @@ class BM25:
         array([[1]])
     """
 
+    parameters_: dict[str, Any]
     vocabulary_: dict[str, int]
     n_documents_: int
     average_length_: float
@@ -182,7 +194,7 @@ class BM25:
         failure the index is what it was before.
         """
         variant, k1, b, delta = self._parameters()
-        tokens = self._tokenized("documents", documents)
+        tokens = _tokenized("documents", documents, self.tokenizer)
         if not tokens:
             raise ValueError("documents is empty: an index needs at least one document")
         lengths = np.fromiter(map(len, tokens), np.int64, len(tokens))
@@ -213,10 +225,11 @@ class BM25:
         index is not fitted.
         """
         self._require_fitted()
+        tokens = _tokenized("queries", queries, self.parameters_["tokenizer"])
         k = _whole_number("k", k)
         if not 1 <= k <= self.n_documents_:
             raise ValueError(f"k must be between 1 and {self.n_documents_}, the number of documents, got {k}")
-        terms, starts = self._encode(self._tokenized("queries", queries))
+        terms, starts = self._encode(tokens)
         scores, ids = self._rank(terms, starts, k)
         if self.absent_.any():
             # A constant per query: it is added last, so that rounding it in cannot change the ranking.
@@ -230,7 +243,7 @@ class BM25:
         Documents without any of its terms have score 0, or for "bm25+" what rank_bm25 gives them.
         """
         self._require_fitted()
-        terms, _ = self._encode(self._tokenized("query", [query]))
+        terms, _ = self._encode(_tokenized("query", [query], self.parameters_["tokenizer"]))
         terms = terms[terms >= 0]
         scores = np.full(self.n_documents_, self.absent_[terms].sum())
         for term in terms:
@@ -241,17 +254,15 @@ class BM25:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Save the index in `folder` (safetensors and JSON), in place of an index there: whole, or not at all.
 
-        A tokenizer of one's own is code and is not saved; give it to `load` again. ValueError if not fitted.
+        A tokenizer of one's own is code and is not saved; give it to `load` again. Raises ValueError if not fitted, or
+        if the folder has an index.json that is not of a BM25 index.
         """
         self._require_fitted()
-        self._parameters()
-        known = self.tokenizer is None or isinstance(self.tokenizer, Tokenizer)
+        tokenizer = self.parameters_["tokenizer"]
+        known = tokenizer is None or isinstance(tokenizer, Tokenizer)
         settings = {
-            "variant": self.variant,
-            "k1": float(self.k1),
-            "b": float(self.b),
-            "delta": None if self.delta is None else float(self.delta),
-            "tokenizer": _tokenizer_settings(self.tokenizer) if known else "custom",
+            **self.parameters_,
+            "tokenizer": _tokenizer_settings(tokenizer) if known else "custom",
             "n_documents": self.n_documents_,
             "average_length": self.average_length_,
         }
@@ -266,24 +277,22 @@ class BM25:
         Raises ValueError if there is none or a file is damaged; files are left as they are.
         """
         settings, arrays = _index_file.read(folder, FORMAT)
+        problem = _problem(settings, arrays)
+        if problem:
+            raise _index_file.IndexFileError(f"the index in {folder} cannot be used: {problem}; save it again")
         if settings["tokenizer"] == "custom" and tokenizer is None:
             raise ValueError(f"the index in {folder} was made with a tokenizer of one's own: give it as tokenizer=…")
-        if tokenizer is None:
-            tokenizer = _tokenizer_from(settings["tokenizer"])
-        index = cls(**{name: settings[name] for name in ("variant", "k1", "b", "delta")}, tokenizer=tokenizer)
+        try:
+            if tokenizer is None:
+                tokenizer = _tokenizer_from(settings["tokenizer"])
+            index = cls(**{name: settings[name] for name in ("variant", "k1", "b", "delta")}, tokenizer=tokenizer)
+            index._parameters()
+        except (TypeError, ValueError) as error:
+            raise _index_file.IndexFileError(f"the index in {folder} cannot be used: {error}; save it again") from None
         vocabulary = {word: term for term, word in enumerate(json.loads(arrays["vocabulary"].tobytes()))}
-        indptr, indices = arrays["indptr"], arrays["indices"]
-        if (
-            len(indptr) != len(vocabulary) + 1
-            or len(arrays["absent"]) != len(vocabulary)
-            or not len(arrays["impacts"]) == len(indices) == indptr[-1]
-            or (np.diff(indptr, prepend=0) < 0).any()
-            or (len(indices) and not 0 <= indices.min() <= indices.max() < settings["n_documents"])
-        ):
-            raise _index_file.IndexFileError(f"the arrays of the index in {folder} do not fit together")
         index._adopt(
-            vocabulary, settings["n_documents"], settings["average_length"], indptr, indices, arrays["impacts"],
-            arrays["absent"],
+            vocabulary, settings["n_documents"], settings["average_length"], arrays["indptr"], arrays["indices"],
+            arrays["impacts"], arrays["absent"],
         )  # fmt: skip
         return index
 
@@ -331,7 +340,14 @@ class BM25:
         impacts: np.ndarray,
         absent: np.ndarray,
     ) -> None:
-        """Take these as the fitted index: the one place that sets fitted attributes."""
+        """Take these, and the parameters as they are now, as the fitted index: all fitted attributes are set here."""
+        self.parameters_ = {
+            "variant": self.variant,
+            "k1": float(self.k1),
+            "b": float(self.b),
+            "delta": None if self.delta is None else float(self.delta),
+            "tokenizer": self.tokenizer,
+        }
         self.vocabulary_, self.n_documents_, self.average_length_ = vocabulary, n_documents, average_length
         self.indptr_, self.indices_, self.impacts_, self.absent_ = indptr, indices, impacts, absent
         # If every impact is positive, a score of 0 says that nothing matched. Okapi's need not be.
@@ -361,26 +377,6 @@ class BM25:
         if not hasattr(self, "indptr_"):
             raise ValueError("this BM25 index holds no documents yet: call fit(documents) first")
 
-    def _tokenized(self, argument: str, texts: Texts) -> list[Sequence[str]]:
-        """Each text as a list of tokens."""
-        if isinstance(texts, str | bytes):
-            raise TypeError(
-                f"{argument} must be a list of texts, got the single string {texts!r:.60}: use [{texts!r:.60}]"
-            )
-        tokenizer = self.tokenizer
-        found: list[Sequence[str]] = []
-        for position, text in enumerate(texts):
-            if isinstance(text, list | tuple):
-                found.append(text)
-            elif isinstance(text, str):
-                tokenizer = tokenizer or Tokenizer()
-                found.append(tokenizer(text))
-            else:
-                raise TypeError(
-                    f"{argument}[{position}] must be a string or a list of tokens, got {type(text).__name__}"
-                )
-        return found
-
     def _encode(self, queries: list[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
         """Queries → term ids in a row (-1: not in the vocabulary), and where each query starts (n_queries + 1,)."""
         starts = np.zeros(len(queries) + 1, np.int64)
@@ -389,6 +385,22 @@ class BM25:
         if (terms < 0).any():  # a token that is known is a string
             _check_strings("queries", chain.from_iterable(queries))
         return terms, starts
+
+
+def _tokenized(argument: str, texts: Texts, tokenizer: Callable[[str], Sequence[str]] | None) -> list[Sequence[str]]:
+    """Each text as a list of tokens."""
+    if isinstance(texts, str | bytes):
+        raise TypeError(f"{argument} must be a list of texts, got the single string {texts!r:.60}: use [{texts!r:.60}]")
+    found: list[Sequence[str]] = []
+    for position, text in enumerate(texts):
+        if isinstance(text, list | tuple):
+            found.append(text)
+        elif isinstance(text, str):
+            tokenizer = tokenizer or Tokenizer()
+            found.append(tokenizer(text))
+        else:
+            raise TypeError(f"{argument}[{position}] must be a string or a list of tokens, got {type(text).__name__}")
+    return found
 
 
 def _look_up(
@@ -435,3 +447,36 @@ def _tokenizer_settings(tokenizer: Callable[[str], Sequence[str]] | None) -> dic
 def _tokenizer_from(options: dict[str, Any]) -> Tokenizer:
     words = options["stopwords"]
     return Tokenizer(**{**options, "stopwords": frozenset(words) if isinstance(words, list) else words})
+
+
+def _problem(settings: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str | None:
+    """What is wrong with a saved index, or None. Compiled code must never see ids or offsets that lead nowhere."""
+    lacking = [name for name in SETTINGS if name not in settings] + [name for name in ARRAYS if name not in arrays]
+    if lacking:
+        return f"it lacks {', '.join(lacking)}"
+    for name, dtype in ARRAYS.items():
+        if arrays[name].ndim != 1 or arrays[name].dtype != dtype:
+            return f"{name} is {arrays[name].ndim}-D {arrays[name].dtype}, expected 1-D {np.dtype(dtype)}"
+    n, average = settings["n_documents"], settings["average_length"]
+    if type(n) is not int or n < 1 or not isinstance(average, float) or not 0 <= average < math.inf:
+        return f"n_documents {n!r} and average_length {average!r} are not those of a corpus"
+    options = settings["tokenizer"]
+    if options != "custom" and not (isinstance(options, dict) and options.keys() == asdict(Tokenizer()).keys()):
+        return f"{options!r:.60} are not the options of a Tokenizer"
+    try:
+        words = json.loads(arrays["vocabulary"].tobytes())
+    except (ValueError, RecursionError):
+        words = None
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words) or len(set(words)) < len(words):
+        return "its vocabulary is no list of distinct words"
+    indptr, indices, impacts, absent = (arrays[name] for name in ("indptr", "indices", "impacts", "absent"))
+    if (
+        not len(indptr) - 1 == len(absent) == len(words)
+        or not len(impacts) == len(indices) == indptr[-1]
+        or (np.diff(indptr, prepend=0) < 0).any()
+        or (len(indices) and not 0 <= indices.min() <= indices.max() < n)
+    ):
+        return "its arrays do not fit together"
+    if not (np.isfinite(impacts).all() and np.isfinite(absent).all()):
+        return "impacts or absent hold NaN or infinity"
+    return None

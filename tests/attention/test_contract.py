@@ -1,13 +1,18 @@
 """The attention contracts: a plain low-precision baseline passes, common ways to go wrong get a message that helps."""
 
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from mlsys.attention import flash
 from mlsys.contracts import check, find
+from mlsys.contracts.core import as_array
+
+FLASH = find("attention.flash")
 
 
 def baseline(q, k, v, *, causal=False, scale=None, **blocks):
@@ -22,6 +27,72 @@ def baseline(q, k, v, *, causal=False, scale=None, **blocks):
     return torch.softmax(scores, -1) @ v
 
 
+def sdpa(q, k, v, *, causal=False, scale=None, **blocks):
+    """Torch's own, with a mask that is aligned as ours is."""
+    t, s = q.shape[2], k.shape[2]
+    mask = torch.ones(t, s, dtype=torch.bool).tril(s - t) if causal else None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def small_blocks(q, k, v, *, causal=False, scale=None, **blocks):
+    return flash.attention(q, k, v, causal=causal, scale=scale, block_q=16, block_k=32)
+
+
+@pytest.mark.parametrize("impl", [baseline, sdpa, small_blocks])
+def test_right_implementations_use_at_most_two_thirds_of_the_tolerance(impl):
+    for index, case in enumerate(FLASH.cases):
+        if case["t"] > 200 or (impl is sdpa and case["t"] > case["s"]):  # there torch gives NaN to who sees nothing
+            continue
+        given = FLASH.inputs(case, index, "cpu")
+        for name, want in FLASH.oracle(given).items():
+            error = np.abs(as_array(FLASH.call(impl, given)[name]) - want).max()
+            assert error <= 2 / 3 * FLASH.tolerance(given, name, want), (case, name)
+
+
+def test_the_tolerance_is_a_small_part_of_the_values():
+    widest = {}
+    for index, case in enumerate(FLASH.cases):
+        given = FLASH.inputs(case, index, "cpu")
+        for name, want in FLASH.oracle(given).items():
+            share = FLASH.tolerance(given, name, want) / np.abs(want).max()
+            widest[case["dtype"]] = max(widest.get(case["dtype"], 0.0), share)
+    assert widest["bfloat16"] < 0.1
+    assert widest["float32"] < 1e-4
+    assert widest["float64"] < 1e-13
+
+
+def in_16_bits_only(change):
+    def attention(q, k, v, **options):
+        if q.dtype != torch.bfloat16:
+            return flash.attention(q, k, v, **options)
+        return change(q, k, v, options)
+
+    return attention
+
+
+def rescaled(factor):
+    return lambda q, k, v, options: flash.attention(q, k, v, **{**options, "scale": factor * q.shape[-1] ** -0.5})
+
+
+BFLOAT16 = {
+    "out × 0.7": lambda q, k, v, options: 0.7 * flash.attention(q, k, v, **options),
+    "out × 0.8": lambda q, k, v, options: 0.8 * flash.attention(q, k, v, **options),
+    "scale × 0.5": rescaled(0.5),
+    "scale × 0.7": rescaled(0.7),
+    "scale × 0.8": rescaled(0.8),
+    "scale × 1.2": rescaled(1.2),
+}
+
+
+@pytest.mark.parametrize("seed", range(0, 4000, 1000))
+@pytest.mark.parametrize("name", BFLOAT16)
+def test_a_mistake_in_16_bits_only_is_refused_and_not_taken_for_another(name, seed):
+    only = replace(FLASH, cases=[case for case in FLASH.cases if case["dtype"] == "bfloat16"])
+    failure = check(only, in_16_bits_only(BFLOAT16[name]), seed=seed).failure
+    assert failure is not None
+    assert failure.like is None
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_plain_baseline_passes_the_contract_of_naive(seed):
     assert check(find("attention.naive"), baseline, seed=1000 * seed).passed
@@ -31,6 +102,91 @@ def test_flash_must_not_hold_the_scores():
     failure = check(find("attention.flash"), baseline).failure
     assert "one tile" in failure.message
     assert "1024, 1024)" in failure.message
+
+
+class HalfAtATime(torch.autograd.Function):
+    """Half of the queries against all keys: no tensor of t × s, and nothing kept, but quadratic all the same."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, options):
+        ctx.save_for_backward(q, k, v)
+        ctx.options = options
+        t, s = q.shape[2], k.shape[2]
+        halves = [(0, t // 2), (t // 2, t)]
+        return torch.cat([baseline(q[:, :, a:b], k[:, :, : s - t + b], v[:, :, : s - t + b], **options)
+                          for a, b in halves], 2)  # fmt: skip
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        qkv = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            return *torch.autograd.grad(flash.attention(*qkv, **ctx.options), qkv, grad_out), None
+
+
+def test_memory_that_is_quadratic_in_parts_is_refused():
+    def half_at_a_time(q, k, v, **options):
+        if q.shape[2] < 256:
+            return flash.attention(q, k, v, **options)
+        return HalfAtATime.apply(q, k, v, options)
+
+    failure = check(FLASH, half_at_a_time).failure
+    assert failure.case["linear_memory"]
+    assert re.search(r"MiB were alive at once at t = 1024, s = 1024, 1\d\.\d times as many", failure.message)
+    assert "one tile" in failure.message
+
+
+def test_tiles_that_autograd_keeps_are_refused_and_told_so():
+    failure = check(FLASH, FLASH.wrong["autograd_tiles"].impl).failure
+    assert failure.case["linear_memory"]
+    assert "autograd keeps every tile" in failure.message
+
+
+def test_a_workspace_made_before_the_call_and_ignored_blocks_are_no_quadratic_memory():
+    workspace = torch.empty(2**21)
+
+    def attention(q, k, v, *, block_q=None, block_k=None, **options):
+        return flash.attention(q, k, v, **options) + 0 * workspace[:4].sum(0).nan_to_num().to(q.dtype)
+
+    assert check(FLASH, attention).passed
+
+
+class FirstEntryBackward(torch.autograd.Function):
+    """Gradients of the first entry of the batch only."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, options):
+        ctx.save_for_backward(q, k, v)
+        ctx.options = options
+        return flash.attention(q, k, v, **options)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        qkv = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            out = flash.attention(*(x[:1] for x in qkv), **ctx.options)
+        return *torch.autograd.grad(out, qkv, grad_out[:1]), None
+
+
+def views(q, k, v, **options):
+    return flash.attention(q.view(-1, *q.shape[2:]).view(q.shape), k, v, **options)
+
+
+def narrow_heads(q, k, v, **options):
+    return flash.attention(q, k, v, **options) * (q.shape[-1] < 64 and v.shape[-1] <= q.shape[-1])
+
+
+@pytest.mark.parametrize(
+    ("impl", "message"),
+    [
+        (lambda q, k, v, **options: FirstEntryBackward.apply(q, k, v, options), r"q\.grad: largest error .* at \[1, "),
+        (views, "view size is not compatible"),
+        (narrow_heads, "out: largest error"),
+    ],
+)
+def test_what_a_transformer_sends_is_sent(impl, message):
+    failure = check(FLASH, impl).failure
+    assert failure.case["layout"] == "transposed"
+    assert re.search(message, failure.message), failure.message
 
 
 def test_torchs_own_attention_fails_only_where_its_meaning_differs():

@@ -130,6 +130,29 @@ def test_nan_stays_in_the_rows_that_see_it():
     assert flash.attention(q, k, v, block_q=2, block_k=3).isnan().any(-1).nonzero().tolist() == [[0, 1, 2]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_nan_behind_the_causal_mask_reaches_only_tiles_that_hold_it(dtype):
+    q, k, v = qkv(t=8, s=8, dtype=dtype, requires_grad=False)
+    bad_k, bad_v = k.clone(), v.clone()
+    bad_k[0, 1, 5, 0] = bad_v[0, 1, 5, 0] = math.nan
+    for block_k in (3, 8):
+        with_bad_key = flash.attention(q, bad_k, v, causal=True, block_q=2, block_k=block_k).isnan().any(-1)
+        assert with_bad_key.nonzero().tolist() == [[0, 1, i] for i in range(5, 8)]
+        with_bad_value = flash.attention(q, k, bad_v, causal=True, block_q=2, block_k=block_k).isnan()
+        assert with_bad_value.nonzero().tolist() == [[0, 1, i, 0] for i in range(4, 8)]  # query 4 shares 5's tile
+
+
+@pytest.mark.parametrize("size", [100.0, 1000.0])
+def test_large_scores_keep_their_probabilities_in_the_backward_pass(size):
+    """L as large as the scores must not be converted between logarithms: its rounding would be each row's error."""
+    inputs = qkv(h=1, t=64, s=64, d=16, dv=16, dtype=torch.float32, requires_grad=False)
+    inputs[0].mul_(size)
+    inputs = [x.requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    got, want = grads(flash.attention, inputs)[3], grads(naive.attention, exact)[3]
+    assert (got - want).abs().max() <= 3e-7 * size**0.6 * want.abs().max()
+
+
 class Largest(TorchDispatchMode):
     """The most elements of any tensor that an operation returned."""
 
@@ -181,6 +204,10 @@ def test_bad_shapes_are_refused_at_the_same_door_as_naives():
         flash.attention(q, k, v[:, :, :-1])
     with pytest.raises(TypeError, match="k must have q's dtype"):
         flash.attention(q, k.float(), v)
+    with pytest.raises(ValueError, match="got 0 heads in q and 1 in k"):
+        flash.attention(q[:, :0], k[:, :1], v[:, :1])
+    with pytest.raises(ValueError, match="v must have head_dim at least 1"):
+        flash.attention(q, k, v[..., :0])
 
 
 def test_shapes_are_checked_by_name_in_the_test_run():

@@ -81,6 +81,17 @@ def test_nan_spreads_to_the_rows_that_see_it():
     assert bad.nonzero().tolist() == [[0, 1, 2]]
 
 
+def test_a_nan_behind_the_causal_mask():
+    """Hidden keys become −∞ before the softmax; hidden values are multiplied by 0, and 0 · NaN is NaN."""
+    q, k, v = qkv(b=1, h=2, t=8, s=8, requires_grad=False)
+    bad_k, bad_v = k.clone(), v.clone()
+    bad_k[0, 1, 5, 0] = bad_v[0, 1, 5, 0] = math.nan
+    with_bad_key = naive.attention(q, bad_k, v, causal=True).isnan().any(-1)
+    assert with_bad_key.nonzero().tolist() == [[0, 1, i] for i in range(5, 8)]
+    with_bad_value = naive.attention(q, k, bad_v, causal=True).isnan()
+    assert with_bad_value.nonzero().tolist() == [[0, 1, i, 0] for i in range(8)]
+
+
 BAD = {
     "rank": (lambda q, k, v: (q[0], k, v), {}, ValueError, r"q must have 4 dimensions.*got shape \(4, 5, 8\)"),
     "no tensor": (lambda q, k, v: (q, k.tolist(), v), {}, TypeError, r"k must be a torch\.Tensor, got list"),
@@ -91,9 +102,11 @@ BAD = {
     "kv heads": (lambda q, k, v: (q, k, v[:, :2]), {}, ValueError, "v must have as many heads as k, 4, got 2"),
     "heads": (lambda q, k, v: (q, k[:, :3], v[:, :3]), {}, ValueError, "got 4 heads in q and 3 in k"),
     "no heads": (lambda q, k, v: (q, k[:, :0], v[:, :0]), {}, ValueError, "got 4 heads in q and 0 in k"),
+    "no query heads": (lambda q, k, v: (q[:, :0], k[:, :1], v[:, :1]), {}, ValueError, "got 0 heads in q and 1 in k"),
     "lengths": (lambda q, k, v: (q, k, v[:, :, 1:]), {}, ValueError, "v must have as many positions as k, 7, got 6"),
     "head_dim": (lambda q, k, v: (q, k[..., 1:], v), {}, ValueError, "k must have q's head_dim 8, got 7"),
-    "no head_dim": (lambda q, k, v: (q[..., :0], k[..., :0], v), {}, ValueError, "head_dim at least 1"),
+    "no head_dim": (lambda q, k, v: (q[..., :0], k[..., :0], v), {}, ValueError, "q must have head_dim at least 1"),
+    "no values": (lambda q, k, v: (q, k, v[..., :0]), {}, ValueError, "v must have head_dim at least 1"),
     "mask for causal": (
         lambda *x: x,
         {"causal": torch.ones(5, 7)},

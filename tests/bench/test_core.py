@@ -1,10 +1,12 @@
 """A benchmark checks, then times, and says of every row how it stands; missing and wrong are rows too."""
 
 import dataclasses
+import functools
 
 import pytest
+import torch
 
-from mlsys.bench import machine, run
+from mlsys.bench import Impl, Work, core, machine, run
 from mlsys.bench.core import describe
 from mlsys.bench.machine import Limits
 
@@ -49,12 +51,189 @@ def test_a_user_function_that_raises_is_a_row_and_ours_is_a_crash(toy):
         raise ZeroDivisionError("by me")
 
     rows = by_name(run(toy().with_impl("yours", broken), [{"n": 10}], smoke=True))
-    assert "ZeroDivisionError: by me" in rows["yours"].note
-    from mlsys.bench import Impl
-
+    assert rows["yours"].status == "failed"
+    assert "ZeroDivisionError: by me, at test_core.py:" in rows["yours"].note
     ours = toy(impls={"sum": Impl(lambda: sum, "reference"), "bad": Impl(lambda: broken, "ours")})
     with pytest.raises(ZeroDivisionError):
         run(ours, [{"n": 10}], smoke=True)
+
+
+# --- right on the first call only ---
+
+
+@pytest.fixture
+def tensors(toy):
+    """A benchmark on two tensors, beside a function of them; its row, and those of the others."""
+
+    def inputs(case, device):
+        generator = torch.Generator().manual_seed(case["n"])
+        return [torch.randn(case["n"], generator=generator) for _ in range(2)]
+
+    bench = toy(
+        inputs=inputs,
+        work=lambda case, inputs: Work(flops=1, bytes=8),
+        impls={"plain": Impl(lambda: torch.dot, "reference"), "peer": Impl(lambda: torch.dot, "peer")},
+        prepare=lambda function, case, inputs: lambda: [function(*inputs)],
+        verify=lambda case, inputs, got, want: (abs(float(got[0] - want[0])), 1e-6),
+        memory=True,
+    )
+
+    def rows(function, **changes):
+        (*others, mine) = run(
+            dataclasses.replace(bench, **changes).with_impl("yours", function), [{"n": 50}], budget_s=0.01
+        )
+        assert all(r.seconds > 0 and r.error == 0 for r in others)  # whatever the function did to their inputs
+        return mine
+
+    return rows
+
+
+def test_a_right_function_is_timed(tensors):
+    mine = tensors(lambda a, b: (a * b).sum())
+    assert mine.status in ("ok", "noisy")
+    assert mine.seconds > 0
+    assert mine.peak_bytes > 0
+
+
+def test_right_the_first_time_only(tensors):
+    calls = []
+
+    def lazy(a, b):
+        calls.append(1)
+        return torch.dot(a, b) if len(calls) == 1 else torch.zeros(())
+
+    mine = tensors(lazy)
+    assert (mine.status, mine.seconds, mine.share) == ("wrong", None, None)
+    assert "while it was timed: error" in mine.note
+
+
+def test_a_result_remembered_by_address(tensors):
+    known = {}
+
+    def cached(a, b):
+        return known.setdefault((a.data_ptr(), b.data_ptr()), torch.dot(a, b))
+
+    mine = tensors(cached)
+    assert mine.status == "wrong"
+    assert "does it remember its results?" in mine.note
+
+
+def test_a_result_remembered_where_calls_go_on_from_each_other(tensors):
+    def steps(function, case, inputs):
+        done = [0.0]
+
+        def step():
+            done[0] += 1.0
+            return [function(*inputs) + done[0]]
+
+        return step
+
+    assert tensors(torch.dot, prepare=steps, stateful=True).seconds > 0
+    remembered = functools.cache(lambda *addresses: torch.ones(()))
+    mine = tensors(lambda a, b: torch.dot(a, b) * remembered(a.data_ptr()), prepare=steps, stateful=True)
+    assert mine.seconds > 0
+    first = []
+    mine = tensors(
+        lambda a, b: first[0] if first else first.append(torch.dot(a, b)) or first[0], prepare=steps, stateful=True
+    )
+    assert mine.status == "wrong"
+
+
+@pytest.mark.parametrize("when", [1, 4])
+def test_inputs_modified_in_place(tensors, when):
+    calls = []
+
+    def zeroes(a, b):
+        calls.append(1)
+        out = torch.dot(a, b)
+        if len(calls) == when:
+            b.zero_()
+        return out
+
+    mine = tensors(zeroes)
+    assert mine.status == "wrong"
+    assert mine.note == "modified its inputs in place"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("second\ntime"), SystemExit(0)])
+def test_raising_while_it_is_timed(tensors, error):
+    calls = []
+
+    def late(a, b):
+        calls.append(1)
+        if len(calls) > 3:
+            raise error
+        return torch.dot(a, b)
+
+    mine = tensors(late)
+    assert (mine.status, mine.seconds) == ("failed", None)
+    assert mine.note.startswith(f"raised {type(error).__name__}: ")
+    assert "in late: `raise error`" in mine.note
+    assert "\n" not in mine.note
+
+
+def test_raising_while_its_memory_or_figures_are_taken(tensors, monkeypatch):
+    def broken(call, device):
+        if call()[0].dtype == torch.float64:
+            raise SystemExit(3)
+        return 1
+
+    monkeypatch.setattr(core, "peak_bytes", broken)
+    mine = tensors(lambda a, b: torch.dot(a, b).double())
+    assert mine.note.startswith("raised SystemExit: 3")
+    monkeypatch.undo()
+
+    def figures(case, inputs, got):
+        return {"half": 1 / (got[0].dtype != torch.float64)}
+
+    monkeypatch.setattr(machine, "limits", lambda *_: Limits(flops=1e9, bandwidth=1e9))
+    mine = tensors(lambda a, b: torch.dot(a, b).double(), figures=figures)
+    assert mine.note.startswith("raised ZeroDivisionError")
+
+
+def test_a_result_that_is_not_there_yet(tensors):
+    class Promise:
+        def __init__(self, *inputs):
+            self.inputs = inputs
+
+        def __sub__(self, other):
+            return torch.dot(*self.inputs) - other
+
+    mine = tensors(Promise)
+    assert mine.status == "wrong"
+    assert mine.note.startswith("returned a Promise, expected plain tensors")
+
+
+def test_more_threads_than_the_others_have(tensors):
+    def hurried(a, b):
+        torch.set_num_threads(2)
+        return torch.dot(a, b)
+
+    mine = tensors(hurried)
+    assert mine.note == "changed torch's number of threads, for the others too"
+
+
+def test_an_interrupt_is_the_users(tensors):
+    def interrupted(a, b):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tensors(interrupted)
+
+
+def test_trouble_of_ours_while_timed_is_a_crash(toy):
+    calls = []
+
+    def late(xs):
+        calls.append(1)
+        return sum(xs) / (len(calls) < 3)
+
+    ours = toy(impls={"sum": Impl(lambda: sum, "reference"), "bad": Impl(lambda: late, "ours")})
+    with pytest.raises(ZeroDivisionError):
+        run(ours.with_impl("yours", sum), [{"n": 10}], budget_s=0.01)
+
+
+# --- the rest ---
 
 
 def test_smoke_runs_once_and_times_nothing(toy):
@@ -66,8 +245,6 @@ def test_smoke_runs_once_and_times_nothing(toy):
 
 
 def test_threads_are_pinned_inside_and_restored_after(toy):
-    import torch
-
     before = torch.get_num_threads()
     seen = []
     bench = toy(prepare=lambda function, case, xs: lambda: (seen.append(torch.get_num_threads()), function(xs))[1])
@@ -94,19 +271,6 @@ def test_with_peers_keeps_the_others(toy):
 
 def test_describe_leaves_out_what_is_off():
     assert describe({"n": 8, "causal": True, "backward": False, "window": None}) == "n=8 causal"
-
-
-def test_limits_are_measured_once_then_cached(monkeypatch, tmp_path):
-    monkeypatch.undo()
-    monkeypatch.setenv("MLSYS_CACHE", str(tmp_path))
-    measured = []
-    monkeypatch.setattr(machine, "_measure", lambda *key: measured.append(key) or Limits(2.0, 3.0))
-    assert machine.limits("float32", 1) == machine.limits("float32", 1) == Limits(2.0, 3.0)
-    machine.limits("bfloat16", 1)
-    assert len(measured) == 2
-    (tmp_path / "limits.json").write_text("{")
-    with pytest.raises(ValueError, match="delete it"):
-        machine.limits("float32", 1)
 
 
 def test_roofline_bound_is_the_slower_of_the_two():

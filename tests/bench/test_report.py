@@ -1,5 +1,6 @@
 """Pictures and the report: labelled, distinguishable without colour, self-contained, reproducible."""
 
+import dataclasses
 import re
 import xml.etree.ElementTree as ET
 
@@ -67,6 +68,14 @@ def test_axes_are_labelled_and_every_implementation_is_named_in_the_picture(y):
     written = " ".join(filter(None, texts(svg)))
     for word in ("naive", "flash", "peer", "sequence length n"):
         assert word in written
+
+
+@pytest.mark.parametrize("y", ["time", "throughput"])
+def test_threads_do_not_share_a_panel(y):
+    both = RECORDS + [dataclasses.replace(r, threads=2, seconds=r.seconds / 2) for r in RECORDS]
+    plot = Plot(x="n", xlabel="n", panel=("dtype",), y=y)
+    assert "float32" in texts(plots.draw(plot, RECORDS))
+    assert {"float32, 1 thread", "float32, 2 threads"} <= set(texts(plots.draw(plot, both)))
 
 
 def test_lines_differ_without_colour():

@@ -67,3 +67,37 @@ def test_interleave_repeats_what_is_too_short_to_time(monkeypatch):
 def test_interleave_refuses_fewer_rounds_than_a_median_needs():
     with pytest.raises(ValueError, match="max_rounds=2"):
         interleave({"a": lambda: None}, max_rounds=2)
+
+
+def test_interleave_says_whose_turn_it_is_before_it_looks_at_the_clock(monkeypatch):
+    told = []
+    clock = itertools.count()
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: told.append("clock") or float(next(clock)))
+    runs = {name: lambda name=name: told.append(f"{name} runs") for name in "ab"}
+    interleave(runs, budget_s=0.0, before=told.append)
+    assert told[:4] == ["a", "clock", "a runs", "clock"]
+    for name in "ab":
+        turns = [told[i : i + 4] for i, word in enumerate(told) if word == name]
+        assert len(turns) > MIN_RUNS
+        assert all(turn == [name, "clock", f"{name} runs", "clock"] for turn in turns)
+
+
+def test_interleave_keeps_one_result_of_any_round_and_only_of_those_asked_for():
+    seen = set()
+    for _ in range(60):
+        calls = itertools.count()
+        kept = {"a": None}
+        runs = {"a": lambda calls=calls: next(calls), "b": lambda: "not kept"}
+        interleave(runs, budget_s=0.0, max_rounds=5, min_sample_s=0.0, keep=kept)
+        assert set(kept) == {"a"}
+        seen.add(kept["a"])
+    assert seen <= {1, 2, 3, 4, 5}  # the first call only finds out how long it takes
+    assert len(seen) > 1
+
+
+def test_a_kept_result_is_the_last_of_its_sample(monkeypatch):
+    calls = itertools.count(1)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: 0.0)
+    assert timing._cpu_timer(lambda: next(calls), 4, True) == (0.0, 4)
+    assert timing._cpu_timer(lambda: next(calls), 4, False) == (0.0, None)
+    assert next(calls) == 9

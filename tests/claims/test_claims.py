@@ -24,6 +24,10 @@ def test_names_are_unique_and_every_technique_has_a_claim():
     assert not missing
 
 
+def test_there_are_many():
+    assert len(CLAIMS) >= 80
+
+
 def test_what_is_not_exact_says_why():
     assert all(c.reason for c in all_claims() if c.expected != "exact")
 
@@ -44,7 +48,7 @@ def test_status_is_computed(ours, status):
 
 
 def test_no_claim_is_computed_from_the_published_value():
-    for claim in all_claims()[:1]:  # the compute function has no way to see it: it takes no argument
+    for claim in (c for c in all_claims() if c.area.startswith("perf.")):  # the quick ones
         moved = dataclasses.replace(claim, published=claim.published * 10)
         assert reproduce(moved).ours == reproduce(claim).ours
 

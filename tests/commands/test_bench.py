@@ -90,19 +90,133 @@ def test_your_function_joins_the_table_once_it_passes(capsys, tmp_path):
     assert "yours" in roles
 
 
-def test_a_wrong_function_is_refused_with_its_hint(capsys, tmp_path):
+def test_a_wrong_function_is_not_timed_and_its_verdict_is_printed_as_check_prints_it(capsys, tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text(WRONG)
-    assert main(["bench", "attention.flash", "--smoke", "--impl", f"{mine}:attention"]) == 2
-    message = capsys.readouterr().err
-    assert "not timed" in message
-    assert "hint" in message
+    assert main(["bench", "attention.flash", "--smoke", "--impl", f"{mine}:attention"]) == 1
+    benched = capsys.readouterr()
+    assert main(["check", "attention.flash", f"{mine}:attention"]) == 1
+    assert benched.out == capsys.readouterr().out
+    assert "\nhint    behaves like" in benched.out
+    assert benched.err == "not timed: it has to be right first\n"
+    assert main(["bench", "attention.flash", "--smoke", "--impl", f"{mine}:attention", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["passed"] is False
+    assert found["failure"]["hint"]
+
+
+TOY = '''"""How fast is a sum?"""
+from mlsys.bench import Benchmark, Impl, Work
+
+bench = Benchmark(
+    __file__,
+    cases=dict.fromkeys(("quick", "default", "full"), [{"n": n} for n in (10, 20, 30)]),
+    inputs=lambda case, device: list(range(case["n"])),
+    work=lambda case, numbers: Work(flops=len(numbers), bytes=8 * len(numbers)),
+    impls={"sum": Impl(lambda: sum, "reference"), "peer": Impl(lambda: sum, "peer")},
+    subject="sum",
+    prepare=lambda function, case, numbers: lambda: function(numbers),
+    verify=lambda case, numbers, got, want: (abs(got - want), 0.0),
+)
+'''
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """There is one benchmark, of sums, in a folder of its own; `mine.py:f` with the source it is called with."""
+    from mlsys.bench import find
+    from mlsys.perf import _measure
+
+    (tmp_path / "benchmarks" / "toys").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "toys" / "sums.py").write_text(TOY)
+    monkeypatch.setattr(find, "folder", lambda: tmp_path / "benchmarks")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLSYS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(_measure, "_measure", lambda *_: Limits(flops=1e9, bandwidth=1e9))
+    _measure.limits("float32", 1)  # so that the child finds them
+
+    def mine(*lines):
+        (tmp_path / "mine.py").write_text("import os\ncalls = []\ndef f(xs):\n    " + "\n    ".join(lines))
+        return ["bench", "sums", "--impl", "mine.py:f"]
+
+    return mine
+
+
+def test_right_once_is_not_right(capsys, toy):
+    arguments = toy("calls.append(1)", "return sum(xs) if len(xs) < 20 or len(calls) < 2 else 0")
+    assert main([*arguments, "--json"]) == 1
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    yours = {r["case"]["n"]: r for r in rows if r["impl"] == "yours"}
+    assert yours[10]["seconds"] > 0
+    assert (yours[20]["status"], yours[20]["seconds"], yours[20]["share"]) == ("wrong", None, None)
+    assert all(r["seconds"] > 0 for r in rows if r["impl"] != "yours")
+
+
+def test_exit_is_a_failure(capsys, toy):
+    assert main([*toy("raise SystemExit(0)"), "--smoke"]) == 1
+    printed = capsys.readouterr()
+    assert "raised SystemExit: 0, at mine.py:4 in f" in printed.out
+    assert "Traceback" not in printed.err
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("while len(xs) == 20: pass", "no answer within 2 s at mine.py:4 in f: `while len(xs) == 20: pass`"),
+        ("os._exit(0) if len(xs) == 20 else 0", "the process exited with status 0 before it had answered"),
+    ],
+)
+def test_what_has_to_be_stopped_ends_the_command_with_what_was_measured(capsys, toy, tmp_path, line, says):
+    assert main([*toy(line, "return sum(xs)"), "--limit", "2", "--save", "--report", "report"]) == 1
+    printed = capsys.readouterr()
+    assert f"mlsys: mine.py:f is stopped: {says}" in printed.err
+    assert says in printed.out
+    assert "[3/3]" not in printed.err
+    (saved,) = (tmp_path / "results").glob("*/toys.sums.jsonl")
+    rows = [json.loads(line) for line in saved.read_text().splitlines()]
+    assert [(r["case"]["n"], r["impl"]) for r in rows] == [(10, "sum"), (10, "peer"), (10, "yours"), (20, "yours")]
+    assert rows[2]["seconds"] > 0
+    assert "n=20" in (tmp_path / "report" / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--report", "afile"], "--report afile: "),
+        (["--report", "afile/below"], "afile is not a folder"),
+        (["--save", "--results", "afile"], "--results afile: "),
+        (["--save", "--results", "old"], "toys.sums.jsonl:1 is not a benchmark record"),
+    ],
+)
+def test_where_nothing_can_be_written_nothing_is_measured(capsys, toy, tmp_path, arguments, message):
+    (tmp_path / "afile").write_text("")
+    (tmp_path / "old" / "toy").mkdir(parents=True)
+    (tmp_path / "old" / "toy" / "toys.sums.jsonl").write_text("{\n")
+    assert main(["bench", "sums", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert "[1/3]" not in printed.err
+    assert (tmp_path / "afile").read_text() == ""
+
+
+def test_results_are_not_looked_at_unless_they_are_to_be_saved(toy, tmp_path, capsys):
+    (tmp_path / "results").write_text("a file")
+    assert main(["bench", "sums", "--smoke", "--save"]) == 0
+
+
+def test_a_backend_stands_for_its_technique(capsys):
+    for name in ("bm25_numba", "retrieval.bm25_numba", "bm25"):
+        assert main(["bench", name, "--smoke", "--peer", "none", "--json"]) == 0
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert {r["benchmark"] for r in rows} == {"retrieval.bm25"}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["bench", "attention.flsh"], "did you mean attention.flash"),
+        (["bench", "attention.naive"], "attention.naive has no benchmark of its own; these have: attention.flash"),
+        (["bench", "attention.flash", "--limit", "0"], "expected a positive number of seconds"),
         (["bench", "--impl", "x.py:f"], "--impl needs the one technique"),
         (["bench", "--peer", "bm25s"], "--peer needs one technique"),
         (["bench", "attention.flash", "--peer", "bm25s"], "has the peers torch sdpa"),

@@ -59,6 +59,27 @@ def test_nothing_found(capsys):
     assert hits(capsys, "qqzxqq") == (1, [])
 
 
+@pytest.mark.parametrize("query", ["the", "of The", "?!", " "])
+def test_a_query_of_stop_words_is_told_so(capsys, query):
+    assert main(["search", query]) == 1
+    said = capsys.readouterr().err
+    assert f"nothing found: {query!r} holds only stop words" in said
+    assert "none of the" not in said
+
+
+def test_words_that_are_left_out_are_not_said_to_be_absent(capsys):
+    assert main(["search", "the qqzxqq"]) == 1
+    assert capsys.readouterr().err.endswith("documents has a word of 'qqzxqq'\n")
+
+
+def test_a_package_of_the_standard_library_is_not_found_twice(capsys):
+    assert main(["search", "parse a date string", "-k", "4", "--packages", "email", "--json"]) == 0
+    said = capsys.readouterr()
+    names = [hit["name"] for hit in json.loads(said.out)]
+    assert len(set(names)) == len(names) == 4
+    assert "email is in the standard library" in said.err
+
+
 @pytest.mark.parametrize("variant", search.VARIANTS)
 def test_every_variant(capsys, variant):
     status, found = hits(capsys, "shlex split", "--variant", variant, "-k", "1")

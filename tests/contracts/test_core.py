@@ -89,6 +89,37 @@ def test_hint_prefers_the_variant_that_agrees_on_more_cases():
     assert check(contract, lambda x: x * x * x).failure.like == "cubed"
 
 
+def wide(wrong):
+    """A contract with a tolerance of 1 around 0, in which a wrong variant is within reach of much that is not it."""
+    return Contract(
+        name="toy.wide",
+        signature="f(x)",
+        reference=lambda x: np.zeros(1),
+        cases=[{}],
+        inputs=lambda case, seed, device: {"x": np.ones(1)},
+        call=lambda impl, given: {"out": impl(given["x"])},
+        oracle=lambda given: {"out": np.zeros(1)},
+        tolerance=lambda given, name, want: 1.0,
+        wrong={"only": Wrong(wrong, "the hint")},
+    )
+
+
+@pytest.mark.parametrize(("value", "like"), [(3.0, "only"), (2.0, "only"), (1.6, None), (1.1, None), (-1.1, None)])
+def test_a_hint_must_explain_at_least_half_of_the_error(value, like):
+    contract = wide(lambda x: np.array([2.5]))
+    assert check(contract, lambda x: np.array([value])).failure.like == like
+
+
+def test_a_variant_that_modifies_its_argument_explains_no_wrong_number():
+    def greedy(x):
+        x[:] = 0
+        return np.zeros(1)
+
+    contract = wide(greedy)
+    assert check(contract, lambda x: np.array([1.1])).failure.like is None
+    assert check(contract, greedy).failure.like == "only"
+
+
 def test_on_case_and_on_failure_are_told_in_order():
     heard = []
     check(

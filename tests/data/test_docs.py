@@ -131,6 +131,43 @@ def test_packages_are_read_without_importing(package, tmp_path):
     assert not {"oddpack", "oddmodule"} & set(sys.modules)
 
 
+def test_packages_of_the_standard_library_are_not_read_twice(package, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="mlsys.data.docs")
+    found = docs.load(["email", "oddpack", "stdlib", "json"], cache_dir=tmp_path / "cache")
+    assert found == docs.load(["oddpack"], cache_dir=tmp_path / "cache")
+    assert "email is in the standard library" in caplog.text
+    assert "json is in the standard library" in caplog.text
+    assert "oddpack is in" not in caplog.text
+
+
+NESTED = {"sum": "x = " + "-" * 100_000 + "1\n", "attributes": "x = a" + ".b" * 100_000 + "\n"}
+
+
+@pytest.mark.parametrize("source", NESTED.values(), ids=NESTED)
+def test_a_file_too_deep_for_the_parser_is_skipped_with_a_warning(package, tmp_path, caplog, source):
+    want = docs.load(["oddpack"], cache_dir=tmp_path / "first")
+    (package / "deep.py").write_text(f'"""Too deep."""\n{source}')
+    assert docs.load(["oddpack"], cache_dir=tmp_path / "second") == want
+    (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "deep.py: it is nested too deeply" in record.getMessage()
+
+
+@pytest.mark.parametrize("error", [MemoryError, RecursionError])
+def test_whatever_the_parser_raises_for_deep_nesting_is_caught(package, tmp_path, caplog, monkeypatch, error):
+    tree = docs._tree
+
+    def fails(source):
+        if "Does f." in source:
+            raise error
+        return tree(source)
+
+    monkeypatch.setattr(docs, "_tree", fails)
+    found = by_name(docs.load(["oddpack"], cache_dir=tmp_path / "cache"))
+    assert "oddpack.Tool" in found
+    assert "oddpack.mod.f" not in found
+    assert f"mod.py: it is nested too deeply to be parsed ({error.__name__})" in caplog.text
+
+
 def test_unknown_packages_are_refused(package, tmp_path):
     with pytest.raises(ValueError, match=r"'no_such_package'.*install it there"):
         docs.load(["no_such_package"], cache_dir=tmp_path)

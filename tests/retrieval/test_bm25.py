@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_bm25 import BM25L, BM25Okapi, BM25Plus
 
-from mlsys.retrieval import bm25
+from mlsys.retrieval import _index_file, bm25
 from mlsys.retrieval.bm25 import VARIANTS
 from mlsys.retrieval.tokenize import Tokenizer
 
@@ -234,6 +234,8 @@ def test_bad_documents_leave_what_was_fitted(BM25, documents, error, message):
         (["cat"], 6, ValueError, "between 1 and 5, the number of documents, got 6"),
         (["cat"], 2.0, TypeError, "k must be a whole number"),
         (["cat"], True, TypeError, "k must be a whole number"),
+        ("cat", 99, TypeError, r"use \['cat'\]"),  # the queries are looked at first
+        ("cat", 2.0, TypeError, r"use \['cat'\]"),
     ],
 )
 def test_bad_queries(BM25, queries, k, error, message):
@@ -257,7 +259,7 @@ def same(one, other):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    return {path.name: path.read_bytes() if path.is_file() else None for path in Path(folder).iterdir()}
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
@@ -275,6 +277,19 @@ def test_save_and_load(BM25, tmp_path, variant):
     same(index, loaded)
 
 
+def test_what_is_set_after_fit_waits_for_the_next_fit(BM25, tmp_path):
+    index, same_index = BM25(k1=1.5).fit(DOCUMENTS), BM25(k1=1.5).fit(DOCUMENTS)
+    index.k1, index.variant, index.delta, index.tokenizer = 0.1, "bm25+", math.nan, str.split
+    same(index, same_index)
+    index.save(tmp_path)
+    loaded = BM25.load(tmp_path)
+    same(loaded, same_index)
+    assert (loaded.variant, loaded.k1, loaded.delta, loaded.tokenizer) == ("lucene", 1.5, None, Tokenizer())
+    index.delta = 1.0
+    index.fit(DOCUMENTS).save(tmp_path)
+    assert BM25.load(tmp_path, tokenizer=str.split).k1 == index.parameters_["k1"] == 0.1
+
+
 def test_odd_tokens_survive(BM25, tmp_path):
     tokens = ["", "a\nb", "ü日", "\ud800", '"\\']
     BM25().fit([tokens]).save(tmp_path)
@@ -284,13 +299,57 @@ def test_odd_tokens_survive(BM25, tmp_path):
 def test_saving_again_replaces_and_cleans_up(BM25, tmp_path):
     BM25().fit(["something else"]).save(tmp_path)
     (tmp_path / "arrays-0123456789abcdef.safetensors").write_bytes(b"of a save that was killed")
-    (tmp_path / "mine.txt").write_text("kept")
+    mine = {
+        "mine.txt": b"kept",
+        "arrays-mine.safetensors": b"kept",
+        "arrays-0123456789ABCDEF.safetensors": b"kept",
+        ".arrays-draft.tmp": b"kept",
+        ".index.json.mine.tmp": b"kept",
+    }
+    for name, data in mine.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / ".arrays-0123456789abcdef.safetensors.0123456789ab.tmp").write_bytes(b"of a save that was killed")
+    (tmp_path / ".index.json.0123456789ab.tmp").write_bytes(b"of a save that was killed")
+    (tmp_path / "arrays-fedcba9876543210.safetensors").mkdir()
     index = BM25().fit(DOCUMENTS)
     index.save(tmp_path)
     index.save(tmp_path)
     same(index, BM25.load(tmp_path))
-    assert len(list(tmp_path.glob("*.safetensors"))) == 1
-    assert (tmp_path / "mine.txt").read_text() == "kept"
+    (tmp_path / "arrays-fedcba9876543210.safetensors").rmdir()
+    left = contents(tmp_path)
+    assert mine.items() <= left.items()
+    assert len(left) == len(mine) + 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"name": "a web page\'s index"}', "is not the manifest of an index"),
+        ("[]", "is not the manifest of an index"),
+        ("var index = 1", "is not the manifest of an index, or a damaged one"),
+        ("[" * 100_000, "is not the manifest of an index, or a damaged one"),
+    ],
+)
+def test_a_folder_with_another_index_json_is_refused_and_left_as_it_was(BM25, tmp_path, text, message):
+    (tmp_path / "index.json").write_text(text)
+    (tmp_path / "arrays-0123456789abcdef.safetensors").write_bytes(b"somebody's")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=f"{message}.*choose another folder"):
+        BM25().fit(DOCUMENTS).save(tmp_path)
+    assert contents(tmp_path) == before
+    with pytest.raises(_index_file.IndexFileError, match=r"index\.json"):
+        BM25.load(tmp_path)
+
+
+def test_an_index_of_another_kind_is_not_replaced_but_an_older_format_is(BM25, tmp_path):
+    _index_file.write(tmp_path, "mlsys.vectors/1", {}, {"x": np.zeros(2)})
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"'mlsys\.vectors/1' index, not a 'mlsys\.bm25/1' one.*choose another"):
+        BM25().fit(DOCUMENTS).save(tmp_path)
+    assert contents(tmp_path) == before
+    _index_file.write(tmp_path / "old", "mlsys.bm25/0", {}, {"x": np.zeros(2)})
+    BM25().fit(DOCUMENTS).save(tmp_path / "old")
+    assert BM25.load(tmp_path / "old").n_documents_ == 5
 
 
 def test_a_tokenizer_of_ones_own_must_be_given_again(BM25, tmp_path):
@@ -335,6 +394,37 @@ def damage_manifest_list(folder):
     (folder / "index.json").write_text("[]")
 
 
+def damage_arrays_folder(folder):
+    file = next(folder.glob("*.safetensors"))
+    file.unlink()
+    file.mkdir()
+
+
+def damage_manifest_folder(folder):
+    (folder / "index.json").unlink()
+    (folder / "index.json").mkdir()
+
+
+def rewrite_manifest(folder, **changes):
+    """A manifest with other entries (None: without it) and the right checksum."""
+    file = folder / "index.json"
+    manifest = {name: value for name, value in (json.loads(file.read_text()) | changes).items() if value is not None}
+    del manifest["checksum"]
+    file.write_text(json.dumps(manifest | {"checksum": _index_file._checksum(manifest)}))
+
+
+def damage_manifest_entry(folder):
+    rewrite_manifest(folder, file=None)
+
+
+def damage_manifest_outside(folder):
+    rewrite_manifest(folder, file="../arrays.safetensors")
+
+
+def damage_manifest_type(folder):
+    rewrite_manifest(folder, settings=[])
+
+
 def damage_manifest_gone(folder):
     (folder / "index.json").unlink()
 
@@ -348,7 +438,12 @@ def damage_manifest_gone(folder):
         (damage_manifest_edited, r"index\.json has a wrong checksum"),
         (damage_manifest_cut, "is not JSON"),
         (damage_manifest_binary, "is not JSON"),
-        (damage_manifest_list, "wrong checksum"),
+        (damage_manifest_list, "is not the manifest of an index"),
+        (damage_arrays_folder, "is a folder where a file should be"),
+        (damage_manifest_folder, "is a folder where a file should be"),
+        (damage_manifest_entry, "is not the manifest of an index"),
+        (damage_manifest_outside, "is not the manifest of an index"),
+        (damage_manifest_type, "is not the manifest of an index"),
         (damage_manifest_gone, "holds no saved index"),
     ],
 )
@@ -356,9 +451,88 @@ def test_a_damaged_index_is_refused_and_left_as_it_was(BM25, tmp_path, damage, m
     BM25().fit(DOCUMENTS).save(tmp_path)
     damage(tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(_index_file.IndexFileError, match=message):
         BM25.load(tmp_path)
     assert contents(tmp_path) == before
+
+
+def test_a_file_is_no_folder_with_an_index(BM25, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(_index_file.IndexFileError, match="holds no saved index"):
+        BM25.load(tmp_path / "file")
+
+
+LEFT_OUT = object()
+
+
+def saved_otherwise(folder, settings=None, **arrays):
+    """An index of DOCUMENTS with other settings and arrays, or without them; every checksum is right."""
+    bm25.BM25().fit(DOCUMENTS).save(folder)
+    old_settings, old_arrays = _index_file.read(folder, bm25.FORMAT)
+    new_settings, new_arrays = (
+        {name: value for name, value in (old | new).items() if value is not LEFT_OUT}
+        for old, new in ((old_settings, settings or {}), (old_arrays, arrays))
+    )
+    _index_file.write(folder, bm25.FORMAT, new_settings, new_arrays)
+
+
+N_TERMS, N_POSTINGS = (
+    len(array) for array in (bm25.BM25().fit(DOCUMENTS).absent_, bm25.BM25().fit(DOCUMENTS).impacts_)
+)
+
+
+@pytest.mark.parametrize("name", bm25.SETTINGS)
+def test_an_index_without_a_setting_is_refused(BM25, tmp_path, name):
+    saved_otherwise(tmp_path, {name: LEFT_OUT})
+    with pytest.raises(_index_file.IndexFileError, match=f"cannot be used: it lacks {name}; save it again"):
+        BM25.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", bm25.ARRAYS)
+def test_an_index_without_an_array_or_with_one_of_another_type_is_refused(BM25, tmp_path, name):
+    saved_otherwise(tmp_path, **{name: LEFT_OUT})
+    with pytest.raises(_index_file.IndexFileError, match=f"it lacks {name}"):
+        BM25.load(tmp_path)
+    saved_otherwise(tmp_path, **{name: np.zeros(3, np.float16)})
+    with pytest.raises(_index_file.IndexFileError, match=f"{name} is 1-D float16, expected 1-D [a-z]+[0-9]+;"):
+        BM25.load(tmp_path)
+    saved_otherwise(tmp_path, **{name: np.zeros((1, 3), bm25.ARRAYS[name])})
+    with pytest.raises(_index_file.IndexFileError, match=f"{name} is 2-D"):
+        BM25.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "arrays", "message"),
+    [
+        ({}, {"impacts": np.full(N_POSTINGS, np.nan, np.float32)}, "impacts or absent hold NaN"),
+        ({}, {"absent": np.full(N_TERMS, np.inf)}, "impacts or absent hold NaN"),
+        ({}, {"vocabulary": np.frombuffer(b'["a", "a"]', np.uint8)}, "no list of distinct words"),
+        ({}, {"vocabulary": np.frombuffer(b"{}", np.uint8)}, "no list of distinct words"),
+        ({}, {"vocabulary": np.frombuffer(b"\xff", np.uint8)}, "no list of distinct words"),
+        ({}, {"vocabulary": np.frombuffer(b'["a"]', np.uint8)}, "do not fit together"),
+        ({}, {"indptr": np.zeros(0, np.int64)}, "do not fit together"),
+        ({"n_documents": 0}, {}, "n_documents 0 and"),
+        ({"n_documents": 5.0}, {}, r"n_documents 5\.0 and"),
+        ({"average_length": math.nan}, {}, "average_length nan"),
+        ({"tokenizer": {"stem": True}}, {}, "are not the options of a Tokenizer"),
+        ({"tokenizer": "mine"}, {}, "are not the options of a Tokenizer"),
+        ({"variant": "bm26"}, {}, "variant must be one of"),
+        ({"k1": "1.5"}, {}, "k1 must be a number"),
+        ({"delta": -1.0}, {}, "delta has no meaning"),
+    ],
+)
+def test_settings_and_arrays_that_make_no_index_are_refused(BM25, tmp_path, settings, arrays, message):
+    saved_otherwise(tmp_path, settings, **arrays)
+    with pytest.raises(_index_file.IndexFileError, match=f"cannot be used: .*{message}.*; save it again"):
+        BM25.load(tmp_path)
+
+
+def test_saving_again_mends_a_manifest_edited_by_hand(BM25, tmp_path):
+    index = BM25().fit(DOCUMENTS)
+    index.save(tmp_path)
+    damage_manifest_edited(tmp_path)
+    index.save(tmp_path)
+    same(index, BM25.load(tmp_path))
 
 
 def test_arrays_that_do_not_fit_are_refused(BM25, tmp_path):

@@ -1,7 +1,12 @@
 """The BM25 contract accepts both references, and rejects and names every wrong variant."""
 
 import math
+import os
 import re
+import subprocess
+import sys
+import zlib
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -51,6 +56,21 @@ def test_inputs_are_the_same_for_the_same_seed():
     assert {case["corpus"] for case in CASES} == set(CORPORA)
 
 
+def test_inputs_are_the_same_in_another_process():
+    """The order of a set of words differs from process to process."""
+    code = """
+from mlsys.contracts.retrieval import CASES, inputs
+print([inputs(case, 0, "cpu") for case in CASES])
+"""
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert said[0] == said[1]
+
+
 class Swapped(BM25):
     def search(self, queries, k=10):
         return super().search(queries, k)[::-1]
@@ -84,6 +104,76 @@ class Twice(BM25):
         same = np.isclose(scores[:, 1:], scores[:, :-1], rtol=1e-6) & (ids[:, 1:] >= 0)
         ids[:, 1:][same] = ids[:, :-1][same]
         return scores, ids
+
+
+class Hashed(BM25):
+    """Tells words apart by a hash of 12 bits."""
+
+    def hashed(self, texts):
+        return [[str(zlib.crc32(word.encode()) % 4096) for word in text] for text in texts]
+
+    def fit(self, documents):
+        return super().fit(self.hashed(documents))
+
+    def search(self, queries, k=10):
+        return super().search(self.hashed(queries), k)
+
+
+class Capped(BM25):
+    """Counts to `most`; what is more becomes another word, so that lengths are right."""
+
+    most = 19
+
+    def fit(self, documents):
+        kept = []
+        for document in documents:
+            count = Counter()
+            kept.append([])
+            for word in document:
+                count[word] += 1
+                kept[-1].append(word if count[word] <= self.most else "another")
+        return super().fit(kept)
+
+
+class CappedByte(Capped):
+    most = 255
+
+
+class UnsignedByte(BM25):
+    def search(self, queries, k=10):
+        scores, ids = super().search(queries, k)
+        return scores, np.where(ids < 0, ids, ids.astype(np.uint8))
+
+
+class SettingsShared(BM25):
+    """The settings of the index that was made last are those of all."""
+
+    latest: dict = {}  # noqa: RUF012
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.latest.update(options)
+
+    def fit(self, documents):
+        vars(self).update(self.latest)
+        return super().fit(documents)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("impl", "named"),
+    [
+        (Hashed, "many documents and words"),
+        (Capped, "many documents and words"),
+        (CappedByte, "many documents and words"),
+        (UnsignedByte, "many documents and words"),
+        (SettingsShared, "two indexes"),
+    ],
+)
+def test_rejects_what_only_a_larger_corpus_or_a_second_use_shows(impl, named, seed):
+    verdict = check(CONTRACT, impl, seed=seed)
+    assert not verdict.passed
+    assert named in verdict.failure.case.values()
 
 
 @pytest.mark.parametrize(
