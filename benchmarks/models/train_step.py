@@ -125,10 +125,9 @@ bench = Benchmark(
     stateful=True,
     plots=(
         Plot(
-            x="d_model",
-            xlabel="width of the model",
+            xlabel="one pinned thread",
             y="throughput",
-            only=lambda case: case["batch"] == 4 and case["layers"] == 2,
+            panel=("layers", "d_model", "batch"),
         ),
     ),
 )

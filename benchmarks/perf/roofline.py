@@ -138,6 +138,7 @@ bench = Benchmark(
     verify=verify,
     figures=figures,
     plots=(
+        Plot(y="roofline"),
         Plot(
             x="m",
             xlabel="rows m of an m × 4096 by 4096 × 4096 matmul",

@@ -70,12 +70,15 @@ class Impl:
 
 @dataclass(frozen=True)
 class Plot:
-    """What the picture shows: `y` over `x`, one panel for each value of `panel`; a time is divided by case[`per`]."""
+    """What the picture shows: `y` over `x`, one panel for each value of `panel`; a time is divided by case[`per`].
 
-    x: str
-    xlabel: str
+    "roofline" puts every case under the roof of its machine instead, and needs no `x`.
+    """
+
+    x: str = ""
+    xlabel: str = ""
     panel: tuple[str, ...] = ()
-    y: Literal["time", "memory", "throughput"] = "time"
+    y: Literal["time", "memory", "throughput", "roofline"] = "time"
     per: str | None = None
     only: Callable[[Case], bool] = lambda case: True
 

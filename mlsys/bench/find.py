@@ -23,16 +23,21 @@ def names() -> list[str]:
     return sorted(f"{p.parent.name}.{p.stem}" for p in folder().glob("*/*.py") if not p.stem.startswith("_"))
 
 
+def path(name: str) -> Path:
+    """The file of `attention.flash`."""
+    package, _, technique = name.partition(".")
+    return folder() / package / f"{technique}.py"
+
+
 def load(name: str) -> Benchmark:
     """Import the file of `attention.flash` and return its `bench`."""
-    package, _, technique = name.partition(".")
-    return load_file(folder() / package / f"{technique}.py")
+    return load_file(path(name))
 
 
-def load_file(path: Path) -> Benchmark:
+def load_file(file: Path) -> Benchmark:
     """Import this file and return its `bench`."""
-    module_name = f"mlsys_benchmarks.{path.parent.name}.{path.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
+    module_name = f"mlsys_benchmarks.{file.parent.name}.{file.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -40,5 +45,5 @@ def load_file(path: Path) -> Benchmark:
     spec.loader.exec_module(module)
     bench = getattr(module, "bench", None)
     if not isinstance(bench, Benchmark):
-        raise TypeError(f"{path} holds no `bench = Benchmark(...)`")
+        raise TypeError(f"{file} holds no `bench = Benchmark(...)`")
     return bench

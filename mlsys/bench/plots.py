@@ -57,6 +57,8 @@ def draw(plot: Plot, records: Sequence[Record]) -> str | None:
     shown = [r for r in records if plot.only(r.case) and _value(plot, r) is not None]
     if not shown:
         return None
+    if plot.y == "roofline":
+        return roofline(shown)
     names = implementations(records)
     return _bars(plot, shown, names) if plot.y == "throughput" else _lines(plot, shown, names)
 
@@ -104,8 +106,9 @@ def _lines(plot: Plot, records: Sequence[Record], names: Sequence[str]) -> str:
         ax.set_yscale("log")
         ticks = sorted({r.case[plot.x] for r in group})
         ax.set_xticks(ticks, [str(t) for t in ticks])
-        ax.set_xlim(ticks[0] / 1.15, ticks[-1] * 2.1)  # room for the names at the ends of the lines
-        ax.minorticks_off()
+        room = max(2.1, (ticks[-1] / ticks[0]) ** 0.25)  # for the names at the ends of the lines
+        ax.set_xlim(ticks[0] / 1.15, ticks[-1] * room)
+        _label_decades(ax)
         ax.grid(True, which="major", alpha=0.3)
         ax.set(
             title=title, xlabel=plot.xlabel, ylabel=YLABELS[plot.y].format(per=(plot.per or "call").removesuffix("s"))
@@ -116,15 +119,39 @@ def _lines(plot: Plot, records: Sequence[Record], names: Sequence[str]) -> str:
     return to_svg(figure)
 
 
+def _label_decades(ax: Axes) -> None:
+    """The fewer decades, the more ticks in each; written as plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    low, high = ax.get_ylim()
+    subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if high / low < 10 else (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)
+    ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=20))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.minorticks_off()
+
+
 def _name_lines(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Write each line's name at its end, moved apart where the ends are close."""
+    """Write each line's name at its end, moved apart where the ends are close, and within the frame."""
     low, high = (math.log(v) for v in ax.get_ylim())
     gap = (high - low) * 0.07
-    at = -math.inf
-    for y, x, name, colour in sorted(ends):
-        at = max(math.log(y), at + gap)
+    left, right = ax.get_xlim()
+    ends = sorted(ends)
+    at: list[float] = []
+    for y, *_ in ends:
+        at.append(max(math.log(y), at[-1] + gap) if at else math.log(y))
+    ceiling = high - gap / 2
+    for i in reversed(range(len(at))):
+        at[i] = min(at[i], ceiling)
+        ceiling = at[i] - gap
+    for (y, x, name, colour), height in zip(ends, at, strict=True):
         ax.annotate(
-            name, (x, y), xytext=(x * 1.12, math.exp(at)), textcoords="data", color=colour, fontsize=8, va="center"
+            name,
+            (x, y),
+            xytext=(x * (right / left) ** 0.025, math.exp(height)),
+            textcoords="data",
+            color=colour,
+            fontsize=8,
+            va="center",
         )
 
 
@@ -147,6 +174,7 @@ def _bars(plot: Plot, records: Sequence[Record], names: Sequence[str]) -> str:
         ax.set_yticks(range(len(present)), list(reversed(present)))
         ax.set_xlim(0, 1.22 * max(v for r in group if (v := _value(plot, r)) is not None))
         ax.set(title=title, xlabel=f"{group[0].unit} per second ({plot.xlabel})")
+        ax.locator_params(axis="x", nbins=5)
         ax.ticklabel_format(axis="x", style="sci", scilimits=(0, 5))
         ax.grid(True, axis="x", alpha=0.3)
     return to_svg(figure)

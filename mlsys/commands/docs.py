@@ -62,8 +62,11 @@ def _same(path: Path, text: str) -> bool:
 
 
 def _digest(measured: Sequence[Record]) -> str:
-    """A comment that says from which records a picture was drawn."""
-    text = "\n".join(repr(record) for record in measured)
+    """A comment that says from which records, and by which code, a picture was drawn."""
+    from mlsys.bench import find, plots
+
+    code = [Path(plots.__file__), find.path(measured[0].benchmark)]
+    text = "\n".join([*map(repr, measured), *(path.read_text(encoding="utf-8") for path in code)])
     return f"<!-- drawn from records {hashlib.sha256(text.encode()).hexdigest()[:16]} -->\n"
 
 
