@@ -23,7 +23,8 @@ def rows(done: Sequence[Reproduced]) -> list[dict[str, str]]:
             "claim": r.claim.name,
             "technique": r.claim.area,
             "what": r.claim.what,
-            "published": f"{number(r.claim.published, r.claim.digits)} {r.claim.unit}".strip(),
+            "published": f"{number(r.claim.published, r.claim.digits)} {r.claim.unit}".strip()
+            + (" (formula)" if r.claim.formula else ""),
             "ours": f"{number(r.ours, r.claim.digits + 1)} {r.claim.unit}".strip(),
             "status": r.status,
             "source": r.claim.source,

@@ -29,6 +29,7 @@ class Claim:
     tolerance: the relative error that still counts as approximate.
     expected:  the status that the tests insist on.
     reason:    why ours differs, where it does.
+    formula:   the source prints a formula; `published` is that formula, evaluated at the numbers given.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Claim:
     tolerance: float = 0.0
     expected: Status = "exact"
     reason: str = ""
+    formula: bool = False
 
     def status(self, ours: float) -> Status:
         """How `ours` stands to the published value."""

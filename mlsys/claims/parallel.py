@@ -134,6 +134,7 @@ ACTIVATIONS = (
             unit="s·b·h bytes",
             published=published,
             digits=2,
+            formula=True,
             compute=lambda settings=settings: layer_units(GPT_3, **settings),  # type: ignore[misc]
         )
         for name, what, published, settings in (
@@ -237,6 +238,7 @@ PIPELINES = [
         unit="",
         published=0.33,
         digits=2,
+        formula=True,
         compute=lambda: pipeline.bubble("zb-h1", 8, 32).seconds / pipeline.bubble("1f1b", 8, 32).seconds,
     ),
     Claim(
@@ -247,6 +249,7 @@ PIPELINES = [
         unit="",
         published=0.25,
         digits=2,
+        formula=True,
         compute=lambda: (
             pipeline.bubble("interleaved", 8, 32, chunks=4).seconds / pipeline.bubble("1f1b", 8, 32).seconds
         ),
@@ -259,6 +262,7 @@ PIPELINES = [
         unit="",
         published=0.1795,
         digits=4,
+        formula=True,
         compute=lambda: pipeline.bubble("gpipe", 8, 32).over_total,
     ),
     Claim(
@@ -269,6 +273,7 @@ PIPELINES = [
         unit="",
         published=1.75,
         digits=2,
+        formula=True,
         compute=lambda: collectives.cost("all_reduce", "ring", 8, 2**20).bytes_per_rank / 2**20,
     ),
     Claim(
@@ -279,6 +284,7 @@ PIPELINES = [
         unit="",
         published=30,
         digits=0,
+        formula=True,
         compute=lambda: collectives.cost("all_reduce", "ring", 16, 2**20).steps,
     ),
     Claim(
@@ -289,6 +295,7 @@ PIPELINES = [
         unit="",
         published=7,
         digits=0,
+        formula=True,
         compute=lambda: tensor_parallel.elements_per_layer(1, 2048, 12288, 8) / (2048 * 12288),
     ),
 ]
@@ -317,6 +324,7 @@ RECOMPUTATION = [
         unit="",
         published=published,
         digits=0,
+        formula=True,
         compute=lambda steps=steps, snapshots=snapshots: checkpointing.replay(  # type: ignore[misc]
             checkpointing.revolve_schedule(steps, snapshots), steps, snapshots
         ),

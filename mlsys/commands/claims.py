@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 PAGE = """# Published numbers, reproduced
 
 Written by `make claims`. *Exact*: equal to the digits that the paper printed. *Approximate*: within the claim's stated
-tolerance. *Disagrees*: outside it, with the reason. Ours is computed by this library, never from the published value.
+tolerance. *Disagrees*: outside it, with the reason. *(formula)*: the source prints a formula; its value at the numbers
+given stands for the published one. Ours is computed by this library's code, never from the published value.
 
 """
 
@@ -26,8 +27,9 @@ tolerance. *Disagrees*: outside it, with the reason. Ours is computed by this li
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of `mlsys claims`."""
     parser.add_argument("area", nargs="?", help="only claims of this technique or package, such as attention")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write the table to a Markdown page")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON object a line")
+    form.add_argument("--write", type=Path, metavar="FILE", help="write the table to a Markdown page")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,7 +64,9 @@ def summary(done: Sequence[Reproduced]) -> str:
     """How many of each status: "91 claims: 70 exact, 18 approximate, 3 disagree"."""
     counts = Counter[str](r.status for r in done)
     words = {"exact": "exact", "approximate": "approximate", "disagrees": "disagree"}
-    return f"{len(done)} claims: " + ", ".join(f"{counts[status]} {word}" for status, word in words.items())
+    formulas = sum(r.claim.formula for r in done)
+    tail = f" ({formulas} are a printed formula at given numbers)" if formulas else ""
+    return f"{len(done)} claims: " + ", ".join(f"{counts[status]} {word}" for status, word in words.items()) + tail
 
 
 def page(done: Sequence[Reproduced]) -> str:

@@ -20,8 +20,9 @@ EXAMPLES = """examples:
   mlsys cost allreduce --ranks 8 --size 64MiB --hardware h100 --latency 5us
   mlsys cost models                                  the names that --model takes
 """
-SIZES = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+SIZES = {"": 1, "B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+SIZES |= {"KB": 1e3, "K": 1e3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+TIMES = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -78,19 +79,19 @@ def _machine(parser: argparse.ArgumentParser, model: str, hardware: str) -> None
 
 def size(text: str) -> float:
     """Bytes of "64MiB", "25 GB" or "4096"."""
-    return _with_unit(text, {name.upper(): scale for name, scale in SIZES.items()}, "64MiB, 25GB or 4096", str.upper)
+    return _with_unit(text, SIZES, "64MiB, 25GB or 4096 (B for bytes; a small b would be bits)")
 
 
 def duration(text: str) -> float:
     """Seconds of "5us", "1.5 ms" or "0.1"."""
-    return _with_unit(text, TIMES | {"": 1.0}, "5us, 1.5ms or 0.1", str)
+    return _with_unit(text, TIMES, "5us, 1.5ms or 0.1")
 
 
-def _with_unit(text: str, units: dict[str, float], examples: str, fold: Any) -> float:
+def _with_unit(text: str, units: dict[str, float], examples: str) -> float:
     match = re.fullmatch(r"\s*([\d.]+(?:[eE][+-]?\d+)?)\s*([^\d.]*?)\s*", text)
-    if not match or fold(match[2]) not in units:
+    if not match or match[2] not in units:
         raise argparse.ArgumentTypeError(f"{text!r} is not understood; write it like {examples}")
-    return float(match[1]) * units[fold(match[2])]
+    return float(match[1]) * units[match[2]]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -154,16 +155,14 @@ def _allreduce(args: argparse.Namespace) -> int:
 
     from mlsys.perf import sheets
 
-    rows = sheets.all_reduce(
-        args.ranks, args.size, args.latency, args.bandwidth or _link_bandwidth(args.hardware), local=args.local
-    )
+    bandwidth = _link_bandwidth(args.hardware) if args.bandwidth is None else args.bandwidth
+    rows = sheets.all_reduce(args.ranks, args.size, args.latency, bandwidth, local=args.local)
     if args.json:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False))
         return 0
     from mlsys.perf.worksheet import quantity
 
-    bandwidth = args.bandwidth or _link_bandwidth(args.hardware)
     print(
         f"all-reduce of {quantity(args.size, 'B')} over {args.ranks} ranks; "
         f"α = {quantity(args.latency, 's')} a message, 1/β = {quantity(bandwidth, 'B/s')}; time = steps·α + bytes·β\n"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlsys.commands import UsageError
+from mlsys.perf._checks import amount
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -108,18 +109,35 @@ def _read(paths: list[Path], *, needed: bool) -> list[Record]:
         if not files:
             raise UsageError(f"{path} holds no .jsonl file of records")
         for file in files:
-            found += records.read(file)
+            for number, record in enumerate(records.read(file), 1):
+                _check(record, f"{file}:{number}")
+                found.append(record)
     return found
+
+
+def _check(record: Record, where: str) -> None:
+    """Refuse figures that no measurement has: a share computed from them would be no number, or a wrong one."""
+    for name in ("seconds", "limit_flops", "limit_bandwidth", "flops", "bytes"):
+        value, counted = getattr(record, name), name in ("flops", "bytes")  # 0: not counted. None: not measured
+        if value is None and not counted:
+            continue
+        try:
+            amount(name, value, positive=not counted)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"{where}: {error}; mend or remove the record of {record.impl!r}") from None
 
 
 def _tables(measured: list[tuple[Roof, list[Record]]], others: list[Roof]) -> str:
     """The roofs, and how near each implementation comes to its own."""
     from tabulate import tabulate
 
-    from mlsys.bench.tables import amount, percent
+    from mlsys.bench import tables
 
     everything = [roof for roof, _ in measured] + others
-    lines = [(r.label, amount(r.peak, "FLOP/s"), amount(r.bandwidth, "B/s"), _ridge(r.ridge)) for r in everything]
+    lines = [
+        (r.label, tables.amount(r.peak, "FLOP/s"), tables.amount(r.bandwidth, "B/s"), _ridge(r.ridge))
+        for r in everything
+    ]
     text = str(tabulate(lines, headers=("roof", "peak", "bandwidth", "ridge (FLOP/B)"), disable_numparse=True))
     rows = []
     for roof, group in measured:
@@ -134,8 +152,8 @@ def _tables(measured: list[tuple[Roof, list[Record]]], others: list[Roof]) -> st
                     impl,
                     str(len(mine)),
                     f"{left} : {len(mine) - left}",
-                    percent(statistics.median(shares)),
-                    percent(max(shares)),
+                    tables.percent(statistics.median(shares)),
+                    tables.percent(max(shares)),
                 )
             )
     if rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import numbers
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -38,7 +39,7 @@ def execute(schedule: Any, layers: int, snapshots: int) -> int:
     slots: dict[int, int] = {}
     at_hand, left, runs = 0, layers, 0
     for position, step in enumerate(schedule):
-        match step:
+        match _plain(step):
             case ("store" | "restore", int(slot)) if not 0 <= slot < snapshots:
                 problem = f"the slots are 0 to {snapshots - 1}"
             case ("restore", int(slot)):
@@ -49,10 +50,12 @@ def execute(schedule: Any, layers: int, snapshots: int) -> int:
             case ("store", int(slot)):
                 problem = ""
                 slots[slot] = at_hand
+            case ("advance", int(count)) if count < 1:
+                problem = f"it goes {count} layers forward, and must at least one"
             case ("advance", int(count)):
                 at_hand += count
                 runs += count
-                problem = "" if count > 0 and at_hand < layers else f"it leads to layer {at_hand} of {layers}"
+                problem = "" if at_hand < layers else f"it leads to layer {at_hand} of {layers}"
             case ("reverse",):
                 problem = (
                     "" if at_hand == left - 1 else f"layer {at_hand} is at hand, and {left - 1} is next to reverse"
@@ -65,6 +68,13 @@ def execute(schedule: Any, layers: int, snapshots: int) -> int:
     if left:
         raise Mismatch(f"the schedule ends with {left} of {layers} layers not reversed")
     return runs
+
+
+def _plain(step: Any) -> Any:
+    """A step whose whole numbers are ints, where they may be NumPy's; what is no sequence stays as it is."""
+    if not isinstance(step, tuple | list):
+        return step
+    return tuple(int(part) if isinstance(part, numbers.Integral) else part for part in step)
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from mlsys.contracts._perf_formula import Formula, wrong
@@ -56,7 +56,9 @@ def _tensors(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield from mlp(f"{layer}.mlp", config.d_ff)
             continue
         run = 0
-        yield f"{layer}.router", (experts.count, width)
+        yield f"{layer}.router.weight", (experts.count, width)
+        if experts.router_bias:
+            yield f"{layer}.router.bias", (experts.count,)
         for shared in range(experts.shared):
             yield from mlp(f"{layer}.shared.{shared}", experts.d_ff)
         for routed in range(experts.count):
@@ -83,16 +85,17 @@ def _parameters_plain(
     all_heads: bool = False,
     head_dim: bool = True,
     output: bool | None = None,
-    positions: bool | None = None,
-    matrices: int | None = None,
+    table: Callable[[Config], bool] = lambda config: config.positions == "learned",
+    gate: Callable[[Config], bool] = lambda config: config.activation == "swiglu",
     bias: bool = True,
-    shift: bool | None = None,
+    shift: Callable[[Config], bool] = lambda config: config.norm == "layernorm" and config.bias,
     norms_each: int = 2,
     final_norm: bool = True,
     interval: bool = True,
     first_dense: bool = True,
     dense_too: bool = False,
     router: bool = True,
+    router_bias: Callable[[Config, Experts], bool] = lambda config, experts: experts.router_bias,
     shared: bool = True,
     expert_width: bool = True,
     active: str = "per token",
@@ -101,15 +104,13 @@ def _parameters_plain(
     width = config.head_dim if head_dim else d // config.heads
     q, kv = config.heads * width, (config.heads if all_heads else config.kv_heads) * width
     attention = q * (d + b) + 2 * kv * (d + b) + d * (q + b)
-    ups = (2 if config.activation == "swiglu" else 1) if matrices is None else matrices - 1
 
     def mlp(hidden: int) -> int:
-        return ups * hidden * (d + b) + d * (hidden + b)
+        return (1 + gate(config)) * hidden * (d + b) + d * (hidden + b)
 
-    shifts = config.norm == "layernorm" and config.bias if shift is None else shift
     total = config.vocab * d + config.layers * attention
-    total += (norms_each * config.layers + final_norm) * d * (2 if shifts else 1)
-    total += config.context * d * (config.positions == "learned" if positions is None else positions)
+    total += (norms_each * config.layers + final_norm) * d * (1 + shift(config))
+    total += config.context * d * table(config)
     total += config.vocab * d * (not config.tied if output is None else output)
     sparse = idle = 0
     if config.experts:
@@ -117,7 +118,8 @@ def _parameters_plain(
         start = e.first_dense if first_dense else 0
         sparse = (config.layers - start) // (e.interval if interval else 1)
         one = mlp(e.d_ff if expert_width else config.d_ff)
-        total += sparse * (e.count + (e.shared if shared else 0)) * one + (sparse * e.count * d if router else 0)
+        total += sparse * (e.count + (e.shared if shared else 0)) * one
+        total += sparse * e.count * (d * router + router_bias(config, e))
         idle = sparse * one * {"per token": e.count - e.per_token, "one": e.count - 1, "all": 0}[active]
     total += (config.layers if dense_too else config.layers - sparse) * mlp(config.d_ff)
     return total, total - idle
@@ -130,7 +132,7 @@ LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "positions": "rope", "tied":
 def _model(
     style: str, layers: int, d_model: int, heads: int, d_ff: int, vocab: int, context: int, **other: Any
 ) -> Case:
-    """A config as a plain dict: what is left out has the style's value."""
+    """A config as a plain dict: what is not among `other` has the style's value."""
     sizes = {"layers": layers, "d_model": d_model, "heads": heads, "d_ff": d_ff, "vocab": vocab, "context": context}
     plain = {"kv_heads": heads, "head_dim": d_model // heads}
     return {"style": style} | sizes | plain | (GPT if style == "gpt" else LLAMA) | other
@@ -145,8 +147,10 @@ def _config(case: Case) -> Config:
 
 
 def _draw_model(rng: random.Random) -> Case:
-    heads, width, style = rng.choice([2, 4, 8]), 2 * rng.randint(1, 6), rng.choice(["gpt", "llama"])
-    other: dict[str, Any] = {"kv_heads": heads // rng.choice([1, 2]), "head_dim": width, "tied": rng.random() < 0.5}
+    heads, width = rng.choice([2, 4, 8]), 2 * rng.randint(1, 6)
+    other: dict[str, Any] = {"kv_heads": heads // rng.choice([1, 2]), "head_dim": width}
+    for name in GPT:  # each on its own, so that none can stand in for another
+        other[name] = rng.choice([GPT[name], LLAMA[name]])
     if rng.random() < 0.6:
         count = rng.randint(2, 6)
         other["experts"] = {
@@ -156,9 +160,10 @@ def _draw_model(rng: random.Random) -> Case:
             "shared": rng.randint(0, 2),
             "first_dense": rng.randint(0, 2),
             "interval": rng.randint(1, 3),
+            "router_bias": rng.random() < 0.5,
         }
     return _model(
-        style,
+        "gpt",
         rng.randint(3, 7),
         rng.randint(6, 30),
         heads,
@@ -186,11 +191,19 @@ TRANSFORMER = Formula(
         _model("llama", 3, 16, 4, 20, 17, 8, kv_heads=2),
         _model("llama", 3, 16, 4, 20, 17, 8, kv_heads=1, head_dim=8),  # heads · head_dim is not d_model
         _model("llama", 2, 16, 4, 20, 17, 8, tied=True),
+        # Halves of both styles: every two of norm, activation, positions and bias that go together, once apart.
+        _model("llama", 2, 8, 2, 20, 11, 9, bias=True),
+        _model("llama", 2, 8, 2, 20, 11, 9, activation="gelu"),
+        _model("gpt", 2, 8, 2, 20, 11, 9, positions="rope"),  # GELU and LayerNorm, as in GPT-NeoX
+        _model("gpt", 2, 8, 2, 20, 11, 9, norm="rmsnorm"),
+        _model("gpt", 2, 8, 2, 20, 11, 9, activation="swiglu", tied=False, bias=False),
         _model("llama", 32, 4096, 32, 14336, 128256, 8192, kv_heads=8),  # Llama-3-8B
         _model("llama", 2, 8, 2, 24, 17, 8, experts={"count": 4, "per_token": 2, "d_ff": 24}),
         _model("llama", 4, 8, 2, 24, 17, 8, experts={"count": 4, "per_token": 2, "d_ff": 10}),
         _model("llama", 5, 8, 2, 24, 17, 8, experts={"count": 4, "per_token": 2, "d_ff": 10, "interval": 2}),
         _model("llama", 5, 8, 2, 24, 17, 8, experts={"count": 5, "per_token": 2, "d_ff": 10, "shared": 1}),
+        _model("llama", 2, 8, 2, 24, 17, 8, experts={"count": 4, "per_token": 2, "d_ff": 10, "router_bias": True}),
+        _model("gpt", 2, 8, 2, 24, 17, 8, experts={"count": 4, "per_token": 1, "d_ff": 10}),  # no bias of the router
         _model(
             "llama",
             9,
@@ -214,10 +227,24 @@ TRANSFORMER = Formula(
             output=False,
         ),
         "positions_forgotten": wrong(
-            _parameters_plain, "learned positions are a table of context × d_model: count it", positions=False
+            _parameters_plain,
+            "learned positions are a table of context × d_model: count it",
+            table=lambda config: False,
         ),
         "positions_with_rope": wrong(
-            _parameters_plain, "rotary positions have no parameters: no table of context × d_model", positions=True
+            _parameters_plain,
+            "rotary positions have no parameters: no table of context × d_model",
+            table=lambda config: True,
+        ),
+        "positions_by_activation": wrong(
+            _parameters_plain,
+            "whether positions are learned is for config.positions to say, not for config.activation",
+            table=lambda config: config.activation == "gelu",
+        ),
+        "positions_by_norm": wrong(
+            _parameters_plain,
+            "whether positions are learned is for config.positions to say, not for config.norm",
+            table=lambda config: config.norm == "layernorm",
         ),
         "all_heads_have_keys": wrong(
             _parameters_plain,
@@ -229,18 +256,48 @@ TRANSFORMER = Formula(
             "take the width of a head from config.head_dim: it need not be d_model / heads",
             head_dim=False,
         ),
-        "no_gate": wrong(_parameters_plain, "SwiGLU has three matrices, gate, up and down; GELU has two", matrices=2),
+        "no_gate": wrong(
+            _parameters_plain,
+            "SwiGLU has three matrices, gate, up and down; GELU has two",
+            gate=lambda config: False,
+        ),
         "always_three_matrices": wrong(
-            _parameters_plain, "an MLP with GELU has two matrices, up and down; only SwiGLU has a gate", matrices=3
+            _parameters_plain,
+            "an MLP with GELU has two matrices, up and down; only SwiGLU has a gate",
+            gate=lambda config: True,
+        ),
+        "gate_by_positions": wrong(
+            _parameters_plain,
+            "the MLP has a gate where config.activation is 'swiglu', whatever config.positions is",
+            gate=lambda config: config.positions == "rope",
+        ),
+        "gate_by_norm": wrong(
+            _parameters_plain,
+            "the MLP has a gate where config.activation is 'swiglu', whatever config.norm is",
+            gate=lambda config: config.norm == "rmsnorm",
         ),
         "biases_forgotten": wrong(
             _parameters_plain, "where config.bias, each linear layer has as many biases as outputs", bias=False
         ),
         "rmsnorm_shifts": wrong(
-            _parameters_plain, "RMSNorm has a scale only, and so has LayerNorm where config.bias is False", shift=True
+            _parameters_plain,
+            "RMSNorm has a scale only, and so has LayerNorm where config.bias is False",
+            shift=lambda config: True,
         ),
         "layernorm_has_no_shift": wrong(
-            _parameters_plain, "LayerNorm with biases has a shift beside its scale: 2·d_model", shift=False
+            _parameters_plain,
+            "LayerNorm with biases has a shift beside its scale: 2·d_model",
+            shift=lambda config: False,
+        ),
+        "shift_by_bias_alone": wrong(
+            _parameters_plain,
+            "RMSNorm has no shift, in a model with biases neither: look at config.norm as well as config.bias",
+            shift=lambda config: config.bias,
+        ),
+        "shift_by_norm_alone": wrong(
+            _parameters_plain,
+            "LayerNorm has a shift only where config.bias: look at config.bias as well as config.norm",
+            shift=lambda config: config.norm == "layernorm",
         ),
         "one_norm_a_block": wrong(_parameters_plain, "a block has two norms, before attention and MLP", norms_each=1),
         "last_norm_forgotten": wrong(
@@ -259,6 +316,16 @@ TRANSFORMER = Formula(
         ),
         "router_forgotten": wrong(
             _parameters_plain, "each layer with experts has a router, a matrix of count × d_model", router=False
+        ),
+        "router_bias_forgotten": wrong(
+            _parameters_plain,
+            "where config.experts.router_bias, a router has one more number for each expert: count of them a layer",
+            router_bias=lambda config, experts: False,
+        ),
+        "router_has_the_models_bias": wrong(
+            _parameters_plain,
+            "config.bias is not for the router: it has a bias where config.experts.router_bias, and only there",
+            router_bias=lambda config, experts: config.bias,
         ),
         "shared_forgotten": wrong(
             _parameters_plain, "shared experts are parameters too, and every token uses them", shared=False

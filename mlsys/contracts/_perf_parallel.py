@@ -190,6 +190,7 @@ def _bubble_plain(
     waits: Callable[[int], int] = lambda stages: stages - 1,
     divide: Callable[[float, int], float] = lambda idle, chunks: idle / chunks,
     zero_bubble: float = 1 / 3,
+    filled: Callable[[int, int], int] = lambda microbatches, waits: min(microbatches - 1, waits),
     one_f_one_b: float = 1.0,
     both_ways: float = 1.0,
     span: str = "work and wait",
@@ -197,7 +198,7 @@ def _bubble_plain(
     # In units of a microbatch's forward and backward pass, three ticks.
     idle = {"zb-h1": zero_bubble, "1f1b": one_f_one_b}.get(schedule, 1.0) * waits(stages) * both_ways
     if schedule == "zb-h1" and zero_bubble == 1 / 3:
-        idle = (2 * waits(stages) - min(microbatches - 1, waits(stages))) / 3  # too few microbatches fill less
+        idle = (2 * waits(stages) - filled(microbatches, waits(stages))) / 3  # too few microbatches fill less
     if schedule == "interleaved":
         idle = divide(idle, chunks)
     whole = {"work and wait": microbatches + idle, "stages and microbatches": stages + microbatches}[span]
@@ -212,7 +213,7 @@ def _draw_pipeline(rng: random.Random) -> Case:
     schedule, stages = rng.choice(["gpipe", "1f1b", "interleaved", "zb-h1"]), rng.randint(2, 6)
     if schedule == "interleaved":
         return _steps(schedule, stages, stages * rng.randint(1, 3), rng.randint(2, 4))
-    return _steps(schedule, stages, rng.randint(stages, 12))
+    return _steps(schedule, stages, rng.randint(1, 12))  # fewer than stages, too
 
 
 PIPELINE = Formula(
@@ -231,7 +232,9 @@ PIPELINE = Formula(
         _steps("interleaved", 4, 8, 4),
         _steps("interleaved", 3, 6, 3),
         _steps("zb-h1", 4, 8),
+        _steps("zb-h1", 3, 1),
         _steps("zb-h1", 5, 2),
+        _steps("zb-h1", 8, 4),
         _steps("gpipe", 8, 64),
         _steps("interleaved", 8, 16, 2),
     ],
@@ -277,6 +280,21 @@ PIPELINE = Formula(
             _bubble_plain,
             "ZB-H1 keeps the memory of 1F1B and so a third of the bubble; only ZB-H2 and ZB-V lose it all",
             zero_bubble=0.0,
+        ),
+        "zb-h1_always_full": wrong(
+            _bubble_plain,
+            "a wait is filled by the weight gradient of one microbatch: fewer than stages fill only m − 1 of the waits",
+            filled=lambda microbatches, waits: waits,
+        ),
+        "zb-h1_fills_one_or_all": wrong(
+            _bubble_plain,
+            "with m below p microbatches, zb-h1 fills m − 1 of the p − 1 waits: neither all of them nor only one",
+            filled=lambda microbatches, waits: waits if microbatches > waits else 1,
+        ),
+        "zb-h1_fills_none_or_all": wrong(
+            _bubble_plain,
+            "fewer microbatches than stages still fill some of the bubble of zb-h1: m − 1 of the p − 1 waits",
+            filled=lambda microbatches, waits: waits if microbatches > waits else 0,
         ),
     },
 )

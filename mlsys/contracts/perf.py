@@ -18,8 +18,9 @@ Arguments are passed by position. What each means:
 
 - **roofline**: a matrix m × k times one of k × n, each moved once, `itemsize` bytes a number, on a machine of `peak`
   FLOP/s and `bandwidth` bytes/s that does both at once. The side is "compute" or "memory", what takes longer.
-- **transformer**: `config` has the fields of `mlsys.perf.configs.Config`; without latent attention. Experts have biases
-  where config.bias, routers never. Active is what one token uses, embeddings in full.
+- **transformer**: `config` has the fields of `mlsys.perf.configs.Config`; without latent attention. Its settings vary
+  each on its own: RMSNorm with biases, GELU with rotary positions. Experts have biases where config.bias; a router has
+  one, a number for each expert, where config.experts.router_bias. Active is what one token uses, embeddings in full.
 - **inference**: one step for `batch` sequences with `cached` tokens each; `parameters` are what it reads. The time is
   that of the bytes: weights once, and the whole cache. With config.latent, latent attention.
 - **collectives**: `size` is the bytes of the whole vector (`mlsys.perf.collectives` says of what), `bytes_sent` what

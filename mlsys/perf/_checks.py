@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 from collections.abc import Iterable
 
 
 def whole(name: str, value: object, at_least: int = 1) -> int:
-    """`value`, if it is a whole number of at least `at_least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """`value` as an int, if it is a whole number of at least `at_least`; NumPy's integers are, True and 8.0 are not."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}, got {value}")
-    return value
+    number = int(value)  # of any size: a product of NumPy's integers can wrap around
+    if number < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {number}")
+    return number
 
 
 def amount(name: str, value: float, *, positive: bool = False) -> float:
@@ -22,6 +24,8 @@ def amount(name: str, value: float, *, positive: bool = False) -> float:
         finite = math.isfinite(value)
     except TypeError:
         raise TypeError(f"{name} must be a number, got {value!r}") from None
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got a whole number beyond the largest float, 1.8e308") from None
     if not finite or value < 0 or (positive and value == 0):
         raise ValueError(f"{name} must be {'positive' if positive else 'at least 0'} and finite, got {value!r}")
     return value

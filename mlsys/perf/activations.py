@@ -22,7 +22,7 @@ Cost:
 
 Memory:
     activation_bytes_per_layer: the sum of `saved_tensors`; activation_bytes: that of every block which a pipeline stage
-    holds, for each microbatch in flight, and of what lies before the first block and after the last.
+    holds, for each microbatch in flight, and of what lies before the first block and after the last (`head_bytes`).
 
 Papers:
     Korthikanti et al. 2022, arXiv:2205.05198, section 4 (what is kept), Table 2 (per layer) and section 4.3 (the rest).
@@ -97,7 +97,7 @@ def saved_tensors(
     if layer >= config.layers:
         raise ValueError(f"layer={layer}: the model has layers={config.layers}, counted from 0")
     known("recompute", recompute, get_args(Recompute))
-    _check_shards(config, seq, tp, sequence_parallel)
+    seq, tp = _check_shards(config, seq, tp, sequence_parallel)
     itemsize = whole("itemsize", itemsize)
     if dropout is None:
         dropout = config.activation == "gelu"
@@ -213,6 +213,29 @@ def activation_bytes_per_layer(
     return sum(tensor.bytes for tensor in saved)
 
 
+def head_bytes(
+    config: Config,
+    batch: int,
+    seq: int,
+    *,
+    tp: int = 1,
+    sequence_parallel: bool = False,
+    itemsize: int = 2,
+) -> int:
+    """Bytes that one device keeps for one microbatch after the last block, with the arguments of `saved_tensors`.
+
+    The input of the last norm and that of the output matrix, which sequence parallelism
+    divides, and the logits in float32, of which each of `tp` devices has the columns of
+    its part of the vocabulary, padded to a multiple of `tp`. For 16 bits that is
+    4·s·b·h·(1 + V/h). With a large vocabulary the logits outweigh many blocks.
+    """
+    tokens = token_count(config, batch, seq)
+    seq, tp = _check_shards(config, seq, tp, sequence_parallel)
+    itemsize = whole("itemsize", itemsize)
+    inputs = 2 * tokens * config.d_model * itemsize // (tp if sequence_parallel else 1)
+    return inputs + 4 * tokens * -(-config.vocab // tp)
+
+
 def activation_bytes(
     config: Config,
     batch: int,
@@ -227,7 +250,7 @@ def activation_bytes(
     dropout: bool | None = None,
     itemsize: int = 2,
 ) -> int:
-    """Bytes of activations on the device that holds most: one of the first pipeline stage's, with 1F1B.
+    """Bytes of activations on the device that holds most, at the fullest moment of a step with 1F1B.
 
     batch:        sequences in one microbatch.
     pp, chunks:   pipeline stages, and model chunks a stage holds (above 1: the interleaved schedule).
@@ -235,13 +258,14 @@ def activation_bytes(
 
     The first stage holds layers/pp blocks for pp microbatches, so a pipeline does not
     lower the peak: L·(bytes of a block) again, and with interleaving a factor
-    1 + (pp−1)/(pp·chunks) more. To the blocks come the embedding's dropout mask
-    (s·b·h a microbatch) and, if one stage is all there is, the input of the last norm
-    and of the output matrix and the logits in float32: 4·s·b·h·(1 + V/h), divided by
-    `tp` with sequence parallelism. The vocabulary is padded to a multiple of `tp`.
+    1 + (pp−1)/(pp·chunks) more. To the blocks comes the embedding's dropout mask,
+    s·b·h a microbatch. The last stage holds its blocks for one microbatch only, but
+    `head_bytes` with them: where blocks keep little, as with recomputation, or the
+    vocabulary is large, that is the most. Stages between the two can be it where only some blocks have experts.
     Recomputation in the backward pass brings one block's tensors back at a time; these are not counted.
     """
     tokens = token_count(config, batch, seq)
+    seq, tp = _check_shards(config, seq, tp, sequence_parallel)
     pp, chunks = whole("pp", pp), whole("chunks", chunks)
     if config.layers % (pp * chunks):
         raise ValueError(f"layers={config.layers} do not divide into pp={pp} stages of chunks={chunks} chunks")
@@ -255,15 +279,8 @@ def activation_bytes(
     if dropout is None:
         dropout = config.activation == "gelu"
 
-    # When the first backward step arrives, every chunk has seen pp microbatches, and with interleaving the first
-    # chunk has been given pp - 1 more (Narayanan et al. 2021, section 2.2.2).
-    in_flight = [min(pp, microbatches) for _ in range(chunks)]
-    if chunks > 1:
-        in_flight[0] = min(2 * pp - 1, microbatches)
-    per_chunk, held = config.layers // chunks, config.layers // (chunks * pp)
-    blocks = sum(
-        in_flight[chunk]
-        * activation_bytes_per_layer(
+    blocks = [
+        activation_bytes_per_layer(
             config,
             batch,
             seq,
@@ -274,18 +291,38 @@ def activation_bytes(
             dropout=dropout,
             itemsize=itemsize,
         )
-        for chunk in range(chunks)
-        for layer in range(chunk * per_chunk, chunk * per_chunk + held)
-    )
-    width = tokens * config.d_model // (tp if sequence_parallel else 1)  # elements of a tensor as wide as the model
-    mask = in_flight[0] * width if dropout else 0
-    if pp > 1:
-        return blocks + mask
-    return blocks + mask + 2 * width * itemsize + 4 * tokens * -(-config.vocab // tp)
+        for layer in range(config.layers)
+    ]
+    if dropout:  # one byte an element of the embedding
+        blocks[0] += tokens * config.d_model // (tp if sequence_parallel else 1)
+    blocks[-1] += head_bytes(config, batch, seq, tp=tp, sequence_parallel=sequence_parallel, itemsize=itemsize)
+
+    each = config.layers // (pp * chunks)
+    places = [sum(blocks[start : start + each]) for start in range(0, config.layers, each)]
+    return max(_stage_peak(places[rank::pp], rank, pp, microbatches) for rank in range(pp))
 
 
-def _check_shards(config: Config, seq: int, tp: int, sequence_parallel: bool) -> None:
-    whole("tp", tp)
+def _stage_peak(chunks: list[int], rank: int, pp: int, microbatches: int) -> int:
+    """The most bytes that stage `rank` holds, whose chunks keep so many for a microbatch, from forward to backward.
+
+    A device runs some forward passes to warm up, and then a forward and a backward pass by turns: with one chunk
+    1F1B, with more the order of Narayanan et al. 2021, section 2.2.2, which gives `pp` microbatches to each chunk in
+    turn. Chunks differ, so it is followed pass by pass, over 3·pp microbatches at most: the others repeat them.
+    """
+    count, passes = len(chunks), min(microbatches, 3 * pp) * len(chunks)
+    order = [step // pp % count for step in range(passes)]  # the chunk of each forward pass; backward from the last
+    warm_up = pp - 1 - rank if count == 1 else 2 * (pp - 1 - rank) + (count - 1) * pp
+    held = peak = sum(chunks[chunk] for chunk in order[:warm_up])
+    for ahead, behind in zip(order[warm_up:], order, strict=False):
+        held += chunks[ahead]
+        peak = max(peak, held)
+        held -= chunks[count - 1 - behind]
+    return peak
+
+
+def _check_shards(config: Config, seq: int, tp: int, sequence_parallel: bool) -> tuple[int, int]:
+    """`seq` and `tp`, once `tp` devices are known to get equal shares."""
+    seq, tp = whole("seq", seq), whole("tp", tp)
     widths = {"heads": config.heads, "d_ff": config.d_ff}
     if config.experts:
         widths["experts.d_ff"] = config.experts.d_ff
@@ -298,3 +335,4 @@ def _check_shards(config: Config, seq: int, tp: int, sequence_parallel: bool) ->
         )
     if sequence_parallel and seq % tp:
         raise ValueError(f"tp={tp} does not divide seq={seq}: sequence parallelism gives each device an equal share")
+    return seq, tp

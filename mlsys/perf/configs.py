@@ -63,9 +63,9 @@ class LatentAttention:
     value_dim: int
 
     def __post_init__(self) -> None:
-        whole("query_rank", self.query_rank, at_least=0)
+        object.__setattr__(self, "query_rank", whole("query_rank", self.query_rank, at_least=0))
         for name in ("kv_rank", "nope_dim", "rope_dim", "value_dim"):
-            whole(name, getattr(self, name))
+            object.__setattr__(self, name, whole(name, getattr(self, name)))
         if self.rope_dim % 2:
             raise ValueError(f"rope_dim={self.rope_dim}: rotary positions turn pairs, so it must be even")
 
@@ -93,9 +93,9 @@ class Experts:
 
     def __post_init__(self) -> None:
         for name in ("count", "per_token", "d_ff", "interval"):
-            whole(name, getattr(self, name))
+            object.__setattr__(self, name, whole(name, getattr(self, name)))
         for name in ("shared", "first_dense"):
-            whole(name, getattr(self, name), at_least=0)
+            object.__setattr__(self, name, whole(name, getattr(self, name), at_least=0))
         if self.per_token > self.count:
             raise ValueError(f"per_token={self.per_token}: a layer has only count={self.count} experts")
 
@@ -140,7 +140,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("vocab", "context", "layers", "d_model", "heads", "kv_heads", "head_dim", "d_ff"):
-            whole(name, getattr(self, name))
+            object.__setattr__(self, name, whole(name, getattr(self, name)))
         for name in ("rope_theta", "norm_eps"):
             amount(name, getattr(self, name), positive=True)
         if self.heads % self.kv_heads:

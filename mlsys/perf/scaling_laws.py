@@ -189,7 +189,7 @@ def fit(
     from scipy.optimize import minimize
 
     _checks.amount("delta", delta, positive=True)
-    _checks.whole("starts", starts)
+    starts = _checks.whole("starts", starts)
     n, d, y = (_positive_logs(name, v) for name, v in (("params", params), ("tokens", tokens), ("losses", losses)))
     if not len(n) == len(d) == len(y):
         raise ValueError(f"params, tokens and losses must be equally long, got {len(n)}, {len(d)} and {len(y)}")
@@ -277,7 +277,7 @@ def _huber(residual: np.ndarray, delta: float) -> np.ndarray:
 class IsoFlop:
     """N(C) = coefficient · C^exponent, through the lowest points of parabolas.
 
-    budgets: FLOPs of each group of runs, ascending. optima: parameters at the lowest point of each.
+    budgets: FLOPs of each group of runs (their geometric mean), ascending. optima: parameters at its lowest point.
     """
 
     coefficient: float
@@ -292,9 +292,14 @@ class IsoFlop:
         return parameters, flops / FLOPS_PER_PARAMETER_AND_TOKEN / parameters
 
 
-def fit_isoflop(flops: Sequence[float], params: Sequence[float], losses: Sequence[float]) -> IsoFlop:
-    """N(C) from runs in groups of equal `flops` that differ in `params`: at least 2 budgets, 3 sizes each.
+SAME_BUDGET = 0.01  # of log C
 
+
+def fit_isoflop(flops: Sequence[float], params: Sequence[float], losses: Sequence[float]) -> IsoFlop:
+    """N(C) from runs in groups of about equal `flops` that differ in `params`: at least 2 budgets, 3 sizes each.
+
+    A run's tokens are a whole number, often of whole batches, so its 6·N·D is only near its budget. In order of
+    `flops`, a new budget begins where they rise by more than 1%, `SAME_BUDGET`, from one run to the next.
     Raises ValueError, naming the budget, where the losses have no lowest point inside the sizes tried.
     """
     import numpy as np
@@ -302,12 +307,16 @@ def fit_isoflop(flops: Sequence[float], params: Sequence[float], losses: Sequenc
     c, n, y = (_positive_logs(name, v) for name, v in (("flops", flops), ("params", params), ("losses", losses)))
     if not len(c) == len(n) == len(y):
         raise ValueError(f"flops, params and losses must be equally long, got {len(c)}, {len(n)} and {len(y)}")
-    budgets = np.unique(c)
-    if len(budgets) < 2:
-        raise ValueError(f"flops has {len(budgets)} different value: a power law needs at least 2 budgets")
+    order = np.argsort(c, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(c[order]) > SAME_BUDGET) + 1)
+    if len(groups) < 2:
+        raise ValueError(
+            "flops are all within 1% of the next, which makes 1 budget of them: a power law needs at least 2 budgets"
+        )
+    budgets = np.array([c[runs].mean() for runs in groups])
     optima = []
-    for budget in budgets:
-        sizes, group = n[c == budget], np.exp(y[c == budget])
+    for budget, runs in zip(budgets, groups, strict=True):
+        sizes, group = n[runs], np.exp(y[runs])
         where = f"flops={math.exp(budget):.4g}"
         if len(np.unique(sizes)) < 3:
             raise ValueError(f"{where}: a parabola needs at least 3 sizes of model, got {len(np.unique(sizes))}")

@@ -30,6 +30,7 @@ See also:
 from __future__ import annotations
 
 import ast
+import math
 from typing import Any, Literal
 
 from mlsys.perf import activations, collectives, inference, transformer
@@ -100,14 +101,20 @@ def train(
         raise ValueError(f"efficiency={efficiency}: a share of the peak above 0 and at most 1 is needed")
     if zero not in (0, 1, 2, 3):
         raise ValueError(f"zero={zero}: the stages are 0 (plain data parallel), 1, 2 and 3")
-    if not tokens > 0:
-        raise ValueError(f"tokens={tokens}: must be positive")
+    if not 0 < tokens < math.inf:
+        raise ValueError(f"tokens={tokens}: a positive, finite number is needed")
     _check_heads(config, "tp", tp)
     replicas = gpus // (tp * pp)
     batch = 4 * pp * microbatch * replicas if batch is None else batch
     if batch % (replicas * microbatch):
         raise ValueError(
             f"batch={batch} is not a multiple of data-parallel replicas · microbatch = {replicas}·{microbatch}"
+        )
+
+    if chunks > 1 and batch // (replicas * microbatch) % pp:
+        raise ValueError(
+            f"batch={batch}: interleaving needs a multiple of pp={pp} microbatches, "
+            f"this makes {batch // (replicas * microbatch)}"
         )
 
     sheet = Worksheet()
@@ -149,11 +156,7 @@ def train(
             **saved,  # type: ignore[arg-type]
         )
         sheet.given("block", counted, "B", f"kept of one block, counted tensor by tensor; recompute {recompute}")
-    sheet.line("in_flight", "min(m, p)", note="microbatches that the first stage holds (1F1B)")
-    if chunks > 1:
-        sheet.line("activations", "block*L/p*in_flight*(1 + (p - 1)/(p*v))", "B", "interleaving holds a few more")
-    else:
-        sheet.line("activations", "block*L/p*in_flight", "B")
+    _activations(sheet, config, pp, chunks, sequence_parallel)
     sheet.line("memory", "weights + gradients + optimizer + activations", "B")
     sheet.given("device", hardware.memory, "B", f"memory of one {hardware.name}")
     sheet.line("full", "memory / device", "%", "fits" if sheet.values["memory"] <= hardware.memory else "DOES NOT FIT")
@@ -189,8 +192,8 @@ def train(
     if replicas > 1:
         network = link_of(hardware, gpus, node)
         sheet.given("net", network.bandwidth, "B/s", f"{network.name}, one direction")
-        passes = 3 if zero == 3 else 2
-        sheet.line("data", f"{passes}*(d - 1)/d*2*N_device/net", "s", DATA[zero])
+        sends, note = DATA[zero]
+        sheet.line("data", f"{sends}*(d - 1)/d*2*N_device/net", "s", note)
         hidden.append("data")
     if hidden:
         sheet.line("upper", " + ".join(["lower", *hidden]), "s", "a step with none of it hidden")
@@ -203,11 +206,35 @@ def train(
     return sheet
 
 
+def _activations(sheet: Worksheet, config: Config, pp: int, chunks: int, sequence_parallel: bool) -> None:
+    """The lines from what one block keeps to what the fullest device holds: one of the first or of the last stage."""
+    shard = "/t" if sequence_parallel else ""
+    if pp == 1:
+        sheet.line("first", "block*L", "B", "all blocks, for the one microbatch in flight")
+    elif chunks == 1:
+        sheet.line("in_flight", "min(m, p)", note="microbatches that the first stage holds (1F1B); the last holds one")
+        sheet.line("first", "block*L/p*in_flight", "B", "blocks of the first stage")
+        sheet.line("last", "block*L/p", "B", "blocks of the last stage")
+    else:
+        sheet.line("in_flight", "min(m*v, (v + 1)*p - 1)/v", note="microbatches that the first stage holds")
+        sheet.line("first", "block*L/p*in_flight", "B", "blocks of the first stage")
+        sheet.line("last", "block*L/p*min(m*v, (v - 1)*p + 1)/v", "B", "blocks of the last stage")
+    mask = ""
+    if config.activation == "gelu":
+        held = "1" if pp == 1 else "min(m, p)" if chunks == 1 else "min(m, 2*p)"
+        sheet.line("embedding", f"b*s*h{shard}*{held}", "B", "dropout mask after the embedding")
+        mask = " + embedding"
+    sheet.line("head", f"4*b*s*h{shard} + 4*b*s*ceil(V/t)", "B", "inputs of last norm and output; logits, 32 bits")
+    fullest = f"first{mask} + head" if pp == 1 else f"max(first{mask}, last + head)"
+    sheet.line("activations", fullest, "B", "of the fullest device")
+
+
+# ZeRO stage → how many times (d−1)/d of the weights' bytes are sent in a step, and by what
 DATA = {
-    0: "ring all-reduce of the gradients",
-    1: "reduce-scatter of the gradients, all-gather of the weights",
-    2: "reduce-scatter of the gradients, all-gather of the weights",
-    3: "all-gather of the weights twice, reduce-scatter of the gradients",
+    0: ("2", "ring all-reduce of the gradients"),
+    1: ("2", "reduce-scatter of the gradients, all-gather of the weights"),
+    2: ("(m + 1)", "reduce-scatter of each microbatch's gradients, all-gather of the weights"),
+    3: ("3*m", "for each microbatch: all-gather of the weights twice, reduce-scatter of the gradients"),
 }
 
 
@@ -263,7 +290,11 @@ def serve(
         sheet.line("token", "L*(r + r_rope)*c", "B", "KV cache of a token: latent attention")
     else:
         sheet.line("token", "2*L*k*d_head*c", "B", "KV cache of a token: keys and values")
-    sheet.line("sequence", "s*token", "B", "KV cache of a sequence")
+    if config.latent:
+        sheet.line("copies", "n", note="each device needs the whole compressed vector")
+    else:
+        sheet.line("copies", "max(1, n/k)", note="of each key/value head: a device has at least one whole head")
+    sheet.line("sequence", "s*token*copies", "B", "KV cache of a sequence, on all devices together")
     sheet.given("device", hardware.memory, "B", f"memory of one {hardware.name}")
     sheet.line("free", "n*device - weights", "B")
     fits = sheet.values["free"] > 0
@@ -282,13 +313,14 @@ def serve(
     sheet.given("peak", peak, "FLOP/s", f"of a device, {dtype}")
     sheet.line("memory", "(read + cache)/(n*bandwidth)", "s", "to read weights and caches")
     sheet.line("compute", "F/(n*peak)", "s", "to multiply")
-    parts = "max(memory, compute)"
+    parts, binds = "max(memory, compute)", {name: sheet.values[name] for name in ("memory", "compute")}
     if gpus > 1:
         link = link_of(hardware, gpus, node)
         sheet.given("link", link.bandwidth, "B/s", f"{link.name}, one direction")
         sheet.line("reduce", "2*L*2*(n - 1)/n*2*B*h/link", "s", "two ring all-reduces a layer, their latency left out")
         parts += " + reduce"
-    sheet.line("step", parts, "s", f"{step.side} binds")
+        binds["link"] = sheet.values["reduce"]
+    sheet.line("step", parts, "s", f"{max(binds, key=lambda name: binds[name])} binds")
     sheet.line("rate", "B/step", "tokens/s", "all sequences together")
     sheet.line("each", "1/step", "tokens/s", "each sequence")
 
@@ -296,7 +328,11 @@ def serve(
     sheet.given("prompt", prompt, note="tokens to prefill, one sequence")
     flops = transformer.forward_flops(config, 1, prompt, causal=True, logits="last").total
     sheet.given("F_prompt", flops, "FLOP", "forward pass, causal")
-    sheet.line("first", "max(F_prompt/(n*peak), read/(n*bandwidth))", "s", "at the peak: a lower bound")
+    moved = inference.weight_bytes_read(config, prompt, weight_bits / 8)
+    sheet.given("read_prompt", moved, "B", "weights that so many tokens use")
+    sheet.line(
+        "first", "max(F_prompt/(n*peak), (read_prompt + prompt*token*copies)/(n*bandwidth))", "s", "a lower bound"
+    )
     return sheet
 
 
@@ -381,6 +417,8 @@ def _check_heads(config: Config, name: str, parts: int) -> None:
     for what, count in (("heads", config.heads), ("columns of the MLP", config.d_ff)):
         if count % parts:
             raise ValueError(f"{name}={parts}: the model has {count} {what}, which do not divide by it")
+    if config.latent is None and config.kv_heads % parts and parts % config.kv_heads:
+        raise ValueError(f"{name}={parts}: of it and the {config.kv_heads} key/value heads one must divide the other")
 
 
 def shared(zero: int, stage: int) -> str:

@@ -49,6 +49,7 @@ FUNCTIONS: dict[str, Callable[..., float]] = {
     "log2": math.log2,
 }
 PREFIXES = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
+TIMES = ((86400.0, "days"), (3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 SCALED = ("B", "B/s", "FLOP", "FLOP/s", "FLOP/token")  # units that take a prefix
 
 
@@ -135,7 +136,10 @@ def show(node: ast.expr, values: Mapping[str, float]) -> str:
             return call
 
         def visit_Name(self, name: ast.Name) -> ast.Name:
-            return ast.Name(number(values[name.id])) if name.id in values else name
+            if name.id not in values:
+                return name
+            text = number(values[name.id])
+            return ast.Name(f"({text})" if text.startswith("-") else text)  # −3², not (−3)², is −9
 
         def visit_Constant(self, constant: ast.Constant) -> ast.Name:
             return ast.Name(number(constant.value))  # type: ignore[arg-type]
@@ -160,13 +164,23 @@ def number(value: float) -> str:
 def quantity(value: float, unit: str) -> str:
     """With its unit, in the prefix that fits: 120 GB, 3.2 TFLOP/s, 8.02 ms, 33.9 days."""
     if unit in SCALED:
-        scale, prefix = next(((s, p) for s, p in PREFIXES if abs(value) >= s), PREFIXES[-1])
-        return f"{value / scale:.3g} {prefix}{unit}"
+        scale, prefix = _scale(value, PREFIXES)
+        return f"{_three(value / scale)} {prefix}{unit}"
     if unit == "s":
-        for scale, name in ((86400, "days"), (3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms"), (1e-6, "µs")):
-            if abs(value) >= scale or name == "µs":
-                return f"{value / scale:.3g} {name}"
+        scale, name = _scale(value, TIMES)
+        return f"{_three(value / scale)} {name}"
     if unit == "%":
         return f"{100 * value:.1f}%"
-    text = f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1e4 else f"{value:.4g}"
+    text = f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1e3 else f"{value:.4g}"
     return f"{text} {unit}".strip()
+
+
+def _scale(value: float, scales: tuple[tuple[float, str], ...]) -> tuple[float, str]:
+    """The largest scale that is not above the value once that is rounded to three digits."""
+    rounded = abs(float(f"{value:.3g}"))
+    return next((scale for scale in scales if rounded >= scale[0]), scales[-1])
+
+
+def _three(value: float) -> str:
+    """Three digits, and no exponent."""
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"

@@ -68,6 +68,11 @@ def test_models_are_listed(mlsys):
         (["train", "--hardware", "tpu-v1"], "int8"),
         (["serve", "--gpus", "5"], "gpus=5"),
         (["allreduce", "--size", "3x"], "64MiB"),
+        (["allreduce", "--bandwidth", "400Gb"], "bits"),
+        (["allreduce", "--bandwidth", "0"], "bandwidth=0"),
+        (["train", "--tokens", "inf"], "tokens=inf"),
+        (["train", "--tokens", "nan"], "tokens=nan"),
+        (["serve", "--model", "llama-3-70b", "--gpus", "12"], "gpus=12"),
         (["allreduce", "--latency", "soon"], "5us"),
         (["allreduce", "--hardware", "tpu-v1"], "--bandwidth"),
         (["allreduce", "--ranks", "0"], "n"),
@@ -84,7 +89,7 @@ def test_bad_request_is_one_line(mlsys, arguments, says):
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("4096", 4096), ("4KiB", 4096), ("64 MiB", 2**26), ("25GB", 25e9), ("1e6", 1e6), ("1.5kb", 1500)],
+    [("4096", 4096), ("4KiB", 4096), ("64 MiB", 2**26), ("25GB", 25e9), ("1e6", 1e6), ("1.5kB", 1500)],
 )
 def test_size(text, value):
     assert cost.size(text) == value

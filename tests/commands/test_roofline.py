@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -194,6 +195,30 @@ def test_bad_input_is_one_line_and_exit_2(capsys, tmp_path, monkeypatch, argumen
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seconds": math.nan}, "seconds must be positive and finite, got nan"),
+        ({"seconds": -1.0}, "seconds must be positive and finite, got -1.0"),
+        ({"seconds": 0.0}, "seconds must be positive and finite, got 0.0"),
+        ({"seconds": "1 s"}, "seconds must be a number, got '1 s'"),
+        ({"limit_flops": math.inf}, "limit_flops must be positive and finite, got inf"),
+        ({"limit_bandwidth": -1e10}, "limit_bandwidth must be positive"),
+        ({"flops": math.nan}, "flops must be at least 0 and finite, got nan"),
+        ({"bytes": -1.0}, "bytes must be at least 0 and finite, got -1.0"),
+        ({"bytes": None}, "bytes must be a number, got None"),
+    ],
+)
+def test_a_record_that_no_measurement_has_is_refused_by_file_and_line(capsys, tmp_path, changes, message):
+    path = write(tmp_path / "results" / "r.jsonl", [record(), record("naive", **changes), record()])
+    for argument in (path, str(tmp_path / "results")):
+        assert main(["roofline", argument]) == 2
+        printed = capsys.readouterr()
+        assert f"{path}:2: {message}" in printed.err
+        assert "the record of 'naive'" in printed.err
+        assert printed.out == ""
 
 
 def test_a_missing_matplotlib_is_named(capsys, monkeypatch):

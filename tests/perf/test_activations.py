@@ -3,14 +3,16 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlsys.contracts._perf_parallel import _order
 from mlsys.loading import import_file
-from mlsys.perf.activations import activation_bytes, activation_bytes_per_layer, saved_tensors
-from mlsys.perf.configs import MODELS, Experts, gpt
+from mlsys.perf.activations import activation_bytes, activation_bytes_per_layer, head_bytes, saved_tensors
+from mlsys.perf.configs import MODELS, Experts, gpt, llama
 
 oracle = import_file(Path(__file__).parent / "oracle.py")
 
@@ -108,7 +110,8 @@ def test_activation_bytes_of_korthikanti_section_4_3():
     assert activation_bytes(config, 1, s, **shared) == blocks + sbh // t + 4 * sbh // t + 4 * s * v // t
     assert activation_bytes(config, 1, s, pp=8, **shared) == blocks + 8 * sbh // t
     interleaved = activation_bytes(config, 1, s, pp=8, chunks=3, **shared)
-    assert interleaved == blocks * (8 * 3 + 7) // (8 * 3) + 15 * sbh // t  # times 1 + (p-1)/(p·chunks)
+    # Times 1 + (p-1)/(p·chunks); the first chunk is given two rounds of p before its first backward pass.
+    assert interleaved == blocks * (8 * 3 + 7) // (8 * 3) + 16 * sbh // t
     few = activation_bytes(config, 1, s, pp=8, microbatches=2, **shared)
     assert few == blocks // 4 + 2 * sbh // t
     assert activation_bytes(config, 1, s, pp=8, chunks=3, microbatches=8, **shared) == blocks + 8 * sbh // t
@@ -123,11 +126,63 @@ def test_vocabulary_is_padded_to_the_devices():
     assert sizes[0] == sizes[1] == sizes[2] - 2 * 6 * 4
 
 
-def test_first_stage_holds_the_first_layers():
-    """Of five blocks, the second and the fourth are not plain: a stage is not an average."""
+def test_head_is_what_one_stage_keeps_beyond_its_blocks():
+    """In bf16 with Llama 3's vocabulary: two inputs of 4096 wide, and logits that weigh 31 times as much."""
+    config = MODELS["llama-3-8b"]
+    assert head_bytes(config, 1, 8192) == 2 * 8192 * 4096 * 2 + 8192 * 128256 * 4
+    assert head_bytes(config, 3, 8192, tp=8) == 3 * (2 * 8192 * 4096 * 2 + 8192 * 128256 * 4 // 8)
+    assert head_bytes(config, 1, 8192, tp=8, sequence_parallel=True) == head_bytes(config, 1, 8192) // 8
+    assert head_bytes(config, 1, 8192, itemsize=4) == 2 * 8192 * 4096 * 4 + 8192 * 128256 * 4
+    for settings in ({}, {"tp": 4}, {"tp": 4, "sequence_parallel": True}, {"itemsize": 1}):
+        blocks = sum(activation_bytes_per_layer(config, 2, 8192, layer=layer, **settings) for layer in range(32))
+        assert activation_bytes(config, 2, 8192, **settings) == blocks + head_bytes(config, 2, 8192, **settings)
+
+
+def test_last_stage_holds_most_where_logits_outweigh_blocks():
+    """Llama-3-8B over two stages: the last has 16 blocks' inputs for one microbatch, and the logits of it."""
+    config = MODELS["llama-3-8b"]
+    one = 8192 * 4096 * 2  # a block's input
+    full = activation_bytes(config, 1, 8192, pp=2, recompute="full")
+    assert full == 16 * one + 2 * one + 8192 * 128256 * 4 == 5_410_652_160
+    interleaved = activation_bytes(config, 1, 8192, pp=2, chunks=4, recompute="full")
+    assert interleaved == (3 * 2 + 1) * 4 * one + 2 * one + 8192 * 128256 * 4  # one microbatch of the last chunk
+    none = activation_bytes(config, 1, 8192, pp=2)  # the first stage has twice as much of its blocks
+    assert none == 32 * activation_bytes_per_layer(config, 1, 8192)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 3, 4, 8, 20])
+@pytest.mark.parametrize(("pp", "chunks"), [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2), (2, 4), (2, 8)])
+@pytest.mark.parametrize(("vocab", "interval"), [(8, 1), (8, 3), (9000, 1), (9000, 3)])
+def test_the_fullest_device_is_that_of_the_schedule(pp, chunks, microbatches, vocab, interval):
+    """Against the order of operations by which the contract of `pipeline` runs its schedules."""
+    if chunks > 1:
+        microbatches *= pp
+    experts = Experts(4, 2, 40, first_dense=2, interval=interval)
+    config = replace(llama(16, 16, 2, 24, vocab=vocab, context=16), experts=experts)
+    blocks = [activation_bytes_per_layer(config, 1, 8, layer=layer, dropout=True) for layer in range(16)]
+    blocks[0] += 8 * 16
+    blocks[-1] += 2 * 8 * 16 * 2 + 8 * vocab * 4
+    held, most = 16 // (pp * chunks), 0
+    for rank in range(pp):
+        here = 0
+        schedule = "interleaved" if chunks > 1 else "1f1b"
+        for kind, chunk, _ in _order(schedule, pp, microbatches, chunks, rank):
+            size = sum(blocks[(chunk * pp + rank) * held :][:held])
+            here += size if kind == "forward" else -size
+            most = max(most, here)
+        assert here == 0
+    got = activation_bytes(config, 1, 8, pp=pp, chunks=chunks, microbatches=microbatches, dropout=True)
+    assert got == most
+
+
+def test_a_stage_holds_its_own_layers():
+    """Of five blocks, the third and the fifth have experts: a stage is not an average."""
     stages = activation_bytes(oracle.MOE, 1, 8, pp=5, microbatches=5)
-    assert stages == 5 * activation_bytes_per_layer(oracle.MOE, 1, 8, layer=0)
-    four = replace(oracle.MOE, layers=4)
+    plain, sparse = (activation_bytes_per_layer(oracle.MOE, 1, 8, layer=layer) for layer in (0, 2))
+    assert stages == max(5 * plain, 3 * sparse, sparse + head_bytes(oracle.MOE, 1, 8))
+    many = replace(oracle.MOE, experts=replace(oracle.MOE.experts, per_token=4))
+    assert activation_bytes(many, 1, 8, pp=5) == 3 * activation_bytes_per_layer(many, 1, 8, layer=2) > 5 * plain
+    four = replace(oracle.MOE, layers=4, experts=replace(oracle.MOE.experts, first_dense=0, interval=3))
     chunked = activation_bytes(four, 1, 8, pp=2, chunks=2, microbatches=4)  # layers 0 and 2
     first, third = (activation_bytes_per_layer(four, 1, 8, layer=layer) for layer in (0, 2))
     assert chunked == 3 * first + 2 * third
@@ -178,6 +233,18 @@ def test_activations_grow_with_batch_sequence_and_layers(config, batch, seq):
     assert activation_bytes(config, 2 * batch, seq) == 2 * here
 
 
+def test_numpys_integers_are_counted_like_pythons():
+    """And as Python's: bytes of small integers would wrap around."""
+    config, small = MODELS["gpt3"], np.int8
+    options = {"tp": 8, "pp": 8, "chunks": 2, "microbatches": 16, "itemsize": 2, "sequence_parallel": True}
+    for function, names in ((activation_bytes, options), (head_bytes, ("tp", "itemsize", "sequence_parallel"))):
+        settings = {name: options[name] for name in names}
+        numpys = {name: value if value is True else small(value) for name, value in settings.items()}
+        got = function(config, small(100), np.int16(2048), **numpys)
+        assert type(got) is int
+        assert got == function(config, 100, 2048, **settings)
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +263,9 @@ def test_activations_grow_with_batch_sequence_and_layers(config, batch, seq):
         (lambda: saved_tensors(replace(oracle.GQA, d_ff=42), 1, 6, tp=3), "tp=3 and kv_heads=2"),
         (lambda: saved_tensors(oracle.GPT, 1, 4, tp=3, sequence_parallel=True), "tp=3 does not divide seq=4"),
         (lambda: saved_tensors(oracle.GPT, 1, 4, itemsize=0), "itemsize"),
+        (lambda: head_bytes(oracle.GPT, 0, 4), "batch"),
+        (lambda: head_bytes(oracle.GPT, 1, 4, tp=2), "tp=2 does not divide heads=3"),
+        (lambda: head_bytes(oracle.GPT, 1, 4, itemsize=0), "itemsize"),
         (lambda: activation_bytes(oracle.GPT, 1, 4, pp=3), "layers=2 do not divide into pp=3"),
         (lambda: activation_bytes(oracle.GPT, 1, 4, chunks=2), "chunks=2 needs pp"),
         (

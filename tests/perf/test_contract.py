@@ -4,6 +4,7 @@ import re
 from fractions import Fraction
 from textwrap import dedent
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,8 +67,9 @@ STUDENT = dedent("""
             active += attention + 2 * norm
             e = c.experts
             if e and i >= e.first_dense and (i - e.first_dense) % e.interval == e.interval - 1:
-                total += e.count * c.d_model + (e.count + e.shared) * mlp(e.d_ff)
-                active += e.count * c.d_model + (e.per_token + e.shared) * mlp(e.d_ff)
+                router = e.count * (c.d_model + (1 if e.router_bias else 0))
+                total += router + (e.count + e.shared) * mlp(e.d_ff)
+                active += router + (e.per_token + e.shared) * mlp(e.d_ff)
             else:
                 total += mlp(c.d_ff)
                 active += mlp(c.d_ff)
@@ -227,6 +229,65 @@ def test_every_wrong_variant_is_named_on_every_seed(name, wrong, seed):
     assert failure.hint == CONTRACTS[name].wrong[wrong].hint
 
 
+SETTINGS = {
+    "norm": 'c.norm == "layernorm"',
+    "activation": 'c.activation == "gelu"',
+    "positions": 'c.positions == "learned"',
+    "bias": "c.bias",
+    "tied": "c.tied",
+}
+FEATURES = {  # a feature of a model → the student's line, the same with another condition, and the setting that it is
+    "shift": ('c.norm == "layernorm" and c.bias', "{}", None),
+    "gate": ('c.activation == "swiglu"', "{}", "activation"),
+    "table of positions": ('c.positions == "learned"', "{}", "positions"),
+    "biases": ("if c.bias else 0", "if {} else 0", "bias"),
+    "output matrix": ("1 if c.tied else 2", "1 if {} else 2", "tied"),
+}
+
+
+def student_with(changes):
+    """The student's `transformer` with some of its text replaced."""
+    text = STUDENT
+    for old, new in changes.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    scope = {}
+    exec(text, scope)
+    return scope["transformer"]
+
+
+@pytest.mark.parametrize("seed", [0, 1000])
+@pytest.mark.parametrize(
+    ("feature", "setting"), [(f, s) for f, (_, _, own) in FEATURES.items() for s in SETTINGS if s != own]
+)
+def test_no_setting_of_a_model_can_stand_in_for_another(feature, setting, seed):
+    """A solution that reads one feature off a setting that often goes with it, or against it, fails."""
+    line, form, _ = FEATURES[feature]
+    for guess in (SETTINGS[setting], f"not ({SETTINGS[setting]})"):
+        wrong = student_with({line: form.format(guess)})
+        assert not check(CONTRACTS["transformer"], wrong, seed=seed).passed, guess
+
+
+def test_a_bundle_of_settings_does_not_pass():
+    """Norms by the biases, the gate by the positions and the positions by the activation, all at once."""
+    wrong = student_with(
+        {
+            'c.norm == "layernorm" and c.bias': "c.bias",
+            'c.positions == "learned"': 'c.activation == "gelu"',
+            'c.activation == "swiglu"': 'c.positions == "rope"',
+        }
+    )
+    assert not check(CONTRACTS["transformer"], wrong).passed
+
+
+@pytest.mark.parametrize("seed", range(0, 40, 5))
+def test_drawn_models_mix_the_styles(seed):
+    contract = CONTRACTS["transformer"]
+    drawn = [contract.inputs({"drawn": 1}, seed + i, "cpu")["config"] for i in range(60)]
+    assert len({(c.norm, c.activation, c.positions, c.bias, c.tied) for c in drawn}) > 20
+    assert {c.experts.router_bias for c in drawn if c.experts} == {False, True}
+
+
 @pytest.mark.parametrize("name", CONTRACTS)
 def test_there_are_enough_wrong_variants_and_each_has_a_hint_of_its_own(name):
     hints = [wrong.hint for wrong in CONTRACTS[name].wrong.values()]
@@ -240,6 +301,26 @@ def test_the_drawn_cases_follow_the_seed(name):
     assert drawn[0] == contract.inputs({"drawn": 1}, 0, "cpu")
     assert any(other != drawn[0] for other in drawn)
     assert all(list(one) == list(contract.inputs(contract.cases[0], 0, "cpu")) for one in drawn)
+
+
+def test_fewer_microbatches_than_stages_are_asked_for():
+    """What passed when m was drawn from p up: all the waits but one left, for any m below p."""
+
+    def mine(schedule, stages, microbatches, chunks):
+        idle = (stages - 1) / chunks
+        if schedule == "zb-h1":
+            idle = (stages - 1) / 3 if microbatches >= stages else (2 * (stages - 1) - 1) / 3
+        return idle / (microbatches + idle)
+
+    failure = check(CONTRACTS["pipeline"], mine).failure
+    assert failure.case["schedule"] == "zb-h1"
+    assert failure.like == "zb-h1_fills_one_or_all"
+    contract = CONTRACTS["pipeline"]
+    drawn = [contract.inputs({"drawn": 1}, seed, "cpu") for seed in range(300)]
+    for schedule in ("gpipe", "1f1b", "zb-h1"):
+        few = {one["microbatches"] for one in drawn if one["schedule"] == schedule and one["stages"] == 6}
+        assert few & {1, 2, 3, 4, 5}
+        assert few & {6, 7, 8, 9, 10, 11, 12}
 
 
 HELPFUL = {
@@ -427,6 +508,19 @@ def test_a_schedule_executed_by_hand():
     assert execute(schedule, 3, 1) == 3
 
 
+def test_a_schedule_of_numpys_numbers_is_executed():
+    schedule = [("store", np.int64(0)), ["advance", np.int32(2)], ("reverse",), ("restore", np.int64(0))]
+    schedule += [("advance", np.int8(1)), ("reverse",), ("restore", np.uint8(0)), ("reverse",)]
+    assert execute(schedule, 3, 1) == 3
+    theirs = CONTRACTS["checkpointing"].reference
+    verdict = check(CONTRACTS["checkpointing"], lambda *sizes: _with_numpys_numbers(theirs(*sizes)))
+    assert verdict.passed, verdict
+
+
+def _with_numpys_numbers(schedule):
+    return [tuple(np.int64(part) if isinstance(part, int) else part for part in step) for step in schedule]
+
+
 IMPOSSIBLE = {
     "nothing": ([], "ends with 2 of 2 layers not reversed"),
     "forwards": ([("store", 0), ("reverse",)], r"step 1, \('reverse',\), .*layer 0 is at hand, and 1 is next"),
@@ -436,7 +530,9 @@ IMPOSSIBLE = {
     "a slot too many": ([("store", 1)], r"step 0, \('store', 1\), cannot run: the slots are 0 to 0"),
     "a negative slot": ([("restore", -1)], "the slots are 0 to 0"),
     "too far": ([("advance", 2)], "it leads to layer 2 of 2"),
-    "backwards": ([("advance", 1), ("advance", -1)], "step 1, .*it leads to layer 0"),
+    "backwards": ([("advance", 1), ("advance", -1)], "step 1, .*it goes -1 layers forward, and must at least one"),
+    "nowhere": ([("advance", 0)], r"step 0, \('advance', 0\), cannot run: it goes 0 layers forward"),
+    "a fraction": ([("advance", 1.0)], r"step 0, \('advance', 1.0\), cannot run: steps are"),
     "another word": ([("save", 0)], r"step 0, \('save', 0\), cannot run: steps are \('store', slot\)"),
     "no tuple": (["reverse"], "step 0, 'reverse', cannot run: steps are"),
     "no list": ("reverse", "returned str, expected a list of"),

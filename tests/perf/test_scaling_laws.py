@@ -288,8 +288,35 @@ def test_wide_parabolas_are_biased_where_exponents_differ():
     assert bias[0] < 0.01 < 0.05 < bias[1]
 
 
+@pytest.mark.parametrize("batch", [1, 2**19])
+def test_isoflop_groups_runs_whose_sizes_are_whole_numbers(batch):
+    """Parameters and tokens are counted, tokens in batches: no two runs have the same 6·N·D."""
+    law = PLANTED["chinchilla"]
+    flops, params, losses = isoflop_runs(law, width=1.3)
+    params = [round(n) for n in params]
+    tokens = [batch * round(c / 6 / n / batch) for c, n in zip(flops, params)]
+    rounded = [6 * n * d for n, d in zip(params, tokens)]
+    assert len(set(rounded)) > 4
+    losses = [law.loss(n, d) for n, d in zip(params, tokens)]
+    shuffled = np.random.default_rng(0).permutation(len(params))
+    found = scaling_laws.fit_isoflop(*(np.array(v, dtype=float)[shuffled] for v in (rounded, params, losses)))
+    assert found.budgets == pytest.approx((1e18, 1e19, 1e20, 1e21), rel=1e-3)
+    assert found.exponent == pytest.approx(law.parameter_exponent, abs=3e-3)
+
+
+def test_a_budget_begins_where_compute_rises_by_more_than_a_percent():
+    near = [1e18, 1.0000001e18, 1.008e18]
+    sizes, losses = [1e8, 2e8, 4e8], [3.0, 2.0, 3.0]
+    found = scaling_laws.fit_isoflop([*near, *(c * 1.03 for c in near)], sizes * 2, losses * 2)
+    assert found.budgets == pytest.approx([math.prod(near) ** (1 / 3), 1.03 * math.prod(near) ** (1 / 3)])
+    assert found.optima == pytest.approx([2e8, 2e8])
+    with pytest.raises(ValueError, match="makes 1 budget of them"):
+        scaling_laws.fit_isoflop([*near, *(c * 1.016 for c in near)], sizes * 2, losses * 2)
+
+
 BAD_ISOFLOP = {
     "one budget": (([1e18] * 3, [1, 2, 3], [3, 2, 3]), "a power law needs at least 2 budgets"),
+    "no runs": (([], [], []), "a power law needs at least 2 budgets"),
     "two sizes": (
         ([1e18] * 3 + [1e19] * 2, [1, 2, 3, 1, 2], [3, 2, 3, 3, 2]),
         "flops=1e.19: a parabola needs at least 3",

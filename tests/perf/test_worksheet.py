@@ -20,6 +20,13 @@ def test_line_has_formula_numbers_and_result():
     assert str(sheet.lines[-1]) == "weights = 2·N = 2·7e9 = 14 GB"
 
 
+def test_a_negative_number_keeps_its_brackets():
+    sheet = Worksheet()
+    sheet.given("a", -3)
+    assert sheet.line("x", "a**2") == 9
+    assert sheet.lines[-1].filled == "(-3)^2"
+
+
 def test_later_lines_use_earlier_ones():
     sheet = Worksheet()
     sheet.given("L", 96)
@@ -96,6 +103,10 @@ def test_rows_are_plain_and_carry_their_section():
         (989.4e12, "FLOP/s", "989 TFLOP/s"),
         (3.14e23, "FLOP", "314 ZFLOP"),
         (0.00802, "s", "8.02 ms"),
+        (999.7e9, "B", "1 TB"),
+        (0.99996, "s", "1 s"),
+        (2987 * 86400, "s", "2,987 days"),
+        (5e24, "FLOP", "5,000 ZFLOP"),
         (2.5e-6, "s", "2.5 µs"),
         (0.0, "s", "0 µs"),
         (33.9 * 86400, "s", "33.9 days"),
