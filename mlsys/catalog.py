@@ -195,7 +195,7 @@ def read(path: Path, package_root: Path = PACKAGE) -> Technique | None:
         contract=package_root / "contracts" / f"{package}.py"
         if technique in contracted(package, package_root)
         else None,
-        docs=_existing(checkout / "docs" / package / f"{technique}.md", checkout / "docs" / f"{package}.md"),
+        docs=_page(checkout / "docs" / package, technique),
     )
     return found if found.benchmark or found.contract else None  # what only serves another technique is not listed
 
@@ -205,6 +205,15 @@ def base(path: Path) -> Path | None:
     technique, _, suffix = path.stem.rpartition("_")
     readable = path.with_name(f"{technique}.py")
     return readable if technique and suffix in SUFFIXES and readable.is_file() else None
+
+
+def _page(folder: Path, technique: str) -> Path | None:
+    """The page of the technique's name, or else the first page of its package that links to its source."""
+    own = _existing(folder / f"{technique}.md")
+    if own:
+        return own
+    link = f"/{folder.name}/{technique}.py)"
+    return next((page for page in sorted(folder.glob("*.md")) if link in page.read_text(encoding="utf-8")), None)
 
 
 def _existing(*paths: Path) -> Path | None:

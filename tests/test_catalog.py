@@ -45,7 +45,8 @@ def tree(tmp_path):
         "tests/attention/test_flash.py": "",
         "benchmarks/attention/flash.py": "",
         "benchmarks/retrieval/rank_numba.py": "",
-        "docs/attention.md": "",
+        "docs/attention/other.md": "",
+        "docs/attention/tiles.md": "Read [`flash.py`](../../mlsys/attention/flash.py).",
     }
     for name, text in files.items():
         path = tmp_path / name
@@ -77,6 +78,11 @@ def test_backends_stand_beside_the_readable_module(tree):
     assert [backend.name for backend in rank.backends] == ["numpy"]  # `rank_numba` has no `rank.py` beside it
 
 
+def test_a_page_of_its_own_name_comes_first(tree):
+    (tree / "docs/attention/flash.md").write_text("")
+    assert catalog.find("flash", tree / "mlsys").docs == tree / "docs/attention/flash.md"
+
+
 def test_a_backends_name_stands_for_its_technique(tree):
     assert catalog.find("flash_triton", tree / "mlsys").name == "attention.flash"
     assert catalog.checkable(tree / "mlsys") == ["attention.flash"]
@@ -91,7 +97,7 @@ def test_paths_in_a_checkout_and_in_a_wheel(tree):
     assert flash.test == tree / "tests/attention/test_flash.py"
     assert flash.benchmark == tree / "benchmarks/attention/flash.py"
     assert flash.contract == tree / "mlsys/contracts/attention.py"
-    assert flash.docs == tree / "docs/attention.md"
+    assert flash.docs == tree / "docs/attention/tiles.md"  # the page that links to its source
     assert (rank.test, rank.contract, rank.docs) == (None, None, None)
 
     shutil.move(tree / "benchmarks", tree / "mlsys/_benchmarks")

@@ -193,6 +193,10 @@ def test_every_public_module_has_its_test_and_a_benchmark():
     assert coverage_problems(catalog.PACKAGE) == []
 
 
+def test_every_technique_has_a_page():
+    assert [technique.name for technique in catalog.techniques() if technique.docs is None] == []
+
+
 def test_catalogue_and_contracts_agree():
     assert catalogue_problems(catalog.PACKAGE, CONTRACTS) == []
 
