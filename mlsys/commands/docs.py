@@ -26,7 +26,10 @@ from mlsys.commands import UsageError
 if TYPE_CHECKING:
     from mlsys.bench.records import Record
 
-MARKED = re.compile(r"(<!-- (bench|list|claims|run)( [^\n]+?)? -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+START = r"<!-- (?:bench|list|claims|run)(?: [^\n]+?)? -->"
+# A block holds no start of another: one whose end was lost must not swallow what follows.
+MARKED = re.compile(rf"(<!-- (bench|list|claims|run)( [^\n]+?)? -->\n)(?:(?!{START}).)*?(<!-- /\2 -->)", re.DOTALL)
+SHOWN = ("cost", "claims", "list", "show", "roofline")  # commands that only print, which a page may show
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +78,10 @@ def pages(root: Path) -> dict[Path, str]:
     wanted: dict[Path, str] = {}
     for page in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
         text = page.read_text(encoding="utf-8")
-        if MARKED.search(text):
+        starts, blocks = len(re.findall(START, text)), len(MARKED.findall(text))
+        if starts != blocks:
+            raise UsageError(f"{page} starts {starts} blocks and ends {blocks}: an end marker `<!-- /… -->` is missing")
+        if blocks:
             wanted[page] = MARKED.sub(lambda found, page=page: _fill(found, page, root, wanted), text)  # type: ignore[misc]
     return wanted
 
@@ -99,8 +105,14 @@ def _printed(command: str) -> str:
     """A command and what it prints, as a block; it has to succeed."""
     from mlsys import cli
 
+    words = shlex.split(command)
+    if not words or words[0] not in SHOWN:
+        raise UsageError(f"`mlsys {command}`: a page may show what {', '.join(SHOWN)} print, and no other command")
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        status = cli.main(shlex.split(command))
+        try:
+            status = cli.main(words)
+        except SystemExit as end:  # --help
+            status = int(end.code or 0)
     if status:
         raise UsageError(f"`mlsys {command}`, which a page shows, ended with status {status}")
     return f"```text\n$ mlsys {command}\n{out.getvalue().rstrip()}\n```"

@@ -68,7 +68,8 @@ def case(style: str, t: int, *, b: int = 1, dtype: str = "float32", **changes: A
     """One case: the style's small config with `changes`."""
     sizes = {"vocab": 17, "context": 12, "layers": 2, "d_model": 12, "heads": 2, "head_dim": 6, "d_ff": 20}
     sizes["kv_heads"] = changes.get("heads", sizes["heads"])
-    return {"style": style, "b": b, "t": t, "dtype": dtype} | sizes | (GPT if style == "gpt" else LLAMA) | changes
+    settings = {"style": style, "b": b, "t": t, "dtype": dtype, "peak": 1}
+    return settings | sizes | (GPT if style == "gpt" else LLAMA) | changes
 
 
 CASES = [
@@ -83,6 +84,9 @@ CASES = [
     case("llama", 8, heads=4, kv_heads=1, head_dim=8, rope_theta=50.0),  # heads · head_dim is not d_model
     case("llama", 5, norm_eps=0.2, tied=True),
     case("gpt", 4, positions="rope", activation="swiglu"),  # the styles mix
+    case("llama", 70, context=80, heads=4, kv_heads=2, head_dim=4),
+    case("gpt", 70, context=80),
+    case("llama", 8, layers=1, peak=15),  # scores of some hundreds, whose exponential overflows
     case("llama", 9, heads=6, kv_heads=2, head_dim=4, layers=3, dtype="float64"),
     case("gpt", 9, layers=3, dtype="float64"),
 ]
@@ -90,7 +94,7 @@ CASES = [
 
 def config_of(case: Case) -> Config:
     """The config of a case."""
-    return Config(**{name: value for name, value in case.items() if name not in ("style", "b", "t", "dtype")})
+    return Config(**{name: value for name, value in case.items() if name not in ("style", "b", "t", "dtype", "peak")})
 
 
 def inputs(case: Case, seed: int, device: str) -> Inputs:
@@ -106,9 +110,11 @@ def inputs(case: Case, seed: int, device: str) -> Inputs:
             drawn = 1 + drawn / 2
         elif like.ndim == 1:
             drawn = drawn / 2
+        if name.endswith(("attention.q.weight", "attention.k.weight")):
+            drawn = drawn * case["peak"]
         weights[name] = drawn.to(dtype).to(device)
     tokens = torch.randint(config.vocab, (case["b"], case["t"]), generator=generator).to(device)
-    return {"weights": weights, "config": config, "tokens": tokens}
+    return {"weights": weights, "config": config, "tokens": tokens, "peak": case["peak"]}
 
 
 def call(impl: Callable[..., Any], inputs: Inputs) -> Results:
@@ -208,11 +214,12 @@ def _turned(config: Config, x: np.ndarray) -> np.ndarray:
 
 
 def tolerance(inputs: Inputs, name: str, want: np.ndarray) -> float:
-    """Rounding units × levels of the longest sum × layers × largest logit."""
+    """Rounding units × levels of the longest sum × layers × largest logit; × peak², the size of the scores."""
     config = inputs["config"]
     longest = max(config.d_ff, config.heads * config.head_dim, config.d_model)
     eps = torch.finfo(_dtype(inputs)).eps
-    return ROUNDINGS * eps * math.log2(longest) * config.layers * float(np.abs(want).max(initial=1e-3))
+    levels = math.log2(longest) * config.layers * inputs["peak"] ** 2
+    return ROUNDINGS * eps * levels * float(np.abs(want).max(initial=1e-3))
 
 
 # --- wrong variants ---------------------------------------------------------------------------------------------------
@@ -238,6 +245,7 @@ def _plain(
     rotate_before_split: bool = False,
     causal: bool = True,
     scaled: bool = True,
+    stable: bool = True,
     interleave: bool = False,
     merge_transposed: bool = True,
     gelu: str = "tanh",
@@ -285,7 +293,7 @@ def _plain(
         scores = q @ k.mT / (math.sqrt(config.head_dim) if scaled else 1.0)
         if causal:
             scores = scores.masked_fill(torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1), -math.inf)
-        out = scores.softmax(-1) @ v
+        out = (scores.softmax(-1) if stable else scores.exp() / scores.exp().sum(-1, keepdim=True)) @ v
         return linear(
             f"{name}.o", out.transpose(1, 2).flatten(2) if merge_transposed else out.reshape(*x.shape[:2], -1)
         )
@@ -370,6 +378,9 @@ WRONG = {
         _wrong(rotate_before_split=True), "split into heads first: each head has the same head_dim/2 angles"
     ),
     "not_causal": Wrong(_wrong(causal=False), "position i must not see the positions after it"),
+    "overflows": Wrong(
+        _wrong(stable=False), "subtract each row's largest score before the exponential, or use torch.softmax"
+    ),
     "no_scale": Wrong(_wrong(scaled=False), "divide the scores by √head_dim"),
     "heads_interleaved": Wrong(
         _wrong(interleave=True),

@@ -78,6 +78,39 @@ def test_a_picture_of_other_records_is_out_of_date_and_one_drawn_by_another_matp
     assert main(["docs", "--root", str(checkout), "--check"]) == 1
 
 
+def test_what_a_command_prints_is_shown(checkout):
+    page = checkout / "README.md"
+    page.write_text("<!-- run cost models -->\n<!-- /run -->\n")
+    assert main(["docs", "--root", str(checkout)]) == 0
+    assert "$ mlsys cost models\n" in page.read_text()
+    assert "Touvron et al. 2023" in page.read_text()
+    assert main(["docs", "--root", str(checkout), "--check"]) == 0
+
+
+def test_help_that_is_shown_does_not_end_the_command(checkout):
+    stale = "<!-- run cost --help -->\n<!-- /run -->\n\n<!-- list -->\n<!-- /list -->\n"
+    (checkout / "README.md").write_text(stale)
+    assert main(["docs", "--root", str(checkout), "--check"]) == 1
+
+
+@pytest.mark.parametrize("command", ["docs --check", "train --steps 1", "bench --quick", "nothing", "cost nothing"])
+def test_a_command_that_does_more_than_print_or_fails_is_refused(checkout, capsys, command):
+    page = checkout / "README.md"
+    page.write_text(f"<!-- run {command} -->\nold\n<!-- /run -->\n")
+    assert main(["docs", "--root", str(checkout)]) == 2
+    assert "old" in page.read_text()
+    assert command.split()[0] in capsys.readouterr().err
+
+
+def test_a_block_without_an_end_swallows_nothing(checkout, capsys):
+    page = checkout / "README.md"
+    text = "<!-- list -->\n\nprecious\n\n<!-- list -->\n<!-- /list -->\n"
+    page.write_text(text)
+    assert main(["docs", "--root", str(checkout)]) == 2
+    assert page.read_text() == text
+    assert "end marker" in capsys.readouterr().err
+
+
 def test_what_is_not_measured_says_so(checkout):
     (checkout / "README.md").write_text("<!-- bench retrieval.bm25 -->\n<!-- /bench -->\n")
     main(["docs", "--root", str(checkout)])
