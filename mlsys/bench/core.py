@@ -97,7 +97,8 @@ class Benchmark:
     verify:   (case, inputs, got, want) → (error, largest error allowed).
     figures:  (case, inputs, prepared call's result) → further figures, such as recall.
     contract: the contract that a `--impl` must pass before it is timed.
-    stateful: whether a call goes on from the last, as training steps do; else each gives the same result.
+    stateful: whether a call goes on from the last, as training steps do; else each gives the same result. Then the
+              n-th call of one is verified against the n-th of the reference, and no call is repeated in a sample.
     """
 
     file: str
@@ -326,11 +327,10 @@ class _AtWork:
         """Prepare it and call it once: its error, which is small enough, and figures. From now on it is in `calls`."""
         from mlsys.bench.suspect import Snapshot, Surroundings, finished  # torch, which reading records does without
 
-        impl = self.bench.impls[name]
         if self._suspect(name) and self.snapshot is None:
             self.snapshot, self.surroundings = Snapshot(self.inputs), Surroundings.now()
         with self._blaming(name):
-            call = self.bench.prepare(impl.load(), self.case, self.inputs)
+            call = self._prepared(name)
             got = call()
         if name == self.bench.reference:
             self.want = got
@@ -351,7 +351,13 @@ class _AtWork:
 
     def time(self, budget_s: float) -> tuple[dict[str, Sample], dict[str, int]]:
         """Times and peak memory of all in `calls`, and a second look at the results and doings of the user's."""
-        kept = dict.fromkeys(name for name in self.calls if self._suspect(name))
+        suspects = [name for name in self.calls if self._suspect(name)]
+        kept = dict.fromkeys(suspects)
+        if self.bench.stateful and suspects:  # the reference's result of the very same round is what theirs should be
+            kept[self.bench.reference] = None
+            for name in self.calls:  # from the start, for after a refusal some have been called more often than others
+                with self._blaming(name):
+                    self.calls[name] = self._prepared(name)
         turn = [""]
 
         def before(name: str) -> None:
@@ -359,11 +365,18 @@ class _AtWork:
             self.watch(name)
 
         with self._blaming(turn):
-            samples = interleave(self.calls, budget_s=budget_s, device=self.device, before=before, keep=kept)
-        for name, result in kept.items():
+            samples = interleave(
+                self.calls,
+                budget_s=budget_s,
+                max_repeats=1 if self.bench.stateful else 1000,
+                device=self.device,
+                before=before,
+                keep=kept,
+            )
+        for name in suspects:
             self._undisturbed(name)
-            if not self.bench.stateful:
-                self._error(name, result, self.want, "while it was timed: ")
+            want = kept[self.bench.reference] if self.bench.stateful else self.want
+            self._error(name, kept[name], want, "while it was timed: ")
             self._not_remembered(name)
         peaks = {}
         for name, call in self.calls.items() if self.bench.memory else ():
@@ -388,9 +401,11 @@ class _AtWork:
 
     def _again(self, name: str) -> Any:
         """One more result from the same inputs; where it depends on earlier calls, that of a first one."""
-        if self.bench.stateful:
-            return self.bench.prepare(self.bench.impls[name].load(), self.case, self.inputs)()
-        return self.calls[name]()
+        return self._prepared(name)() if self.bench.stateful else self.calls[name]()
+
+    def _prepared(self, name: str) -> Callable[[], Any]:
+        """A call of it that nothing has come before."""
+        return self.bench.prepare(self.bench.impls[name].load(), self.case, self.inputs)
 
     def _error(self, name: str, got: Any, want: Any, when: str = "") -> float:
         """The error of a result, if that is small enough."""

@@ -5,7 +5,8 @@ mistake or on purpose, a function may remember its last result (`lru_cache`, a
 dictionary by `data_ptr`), write into its arguments, return before it has
 finished (a thread, an object that computes when it is looked at), or change
 what all the others run under. So a function with the role "yours" is verified
-four times: its first result; one of the timed results, drawn at random; its
+four times: its first result; one of the timed results, drawn at random (where
+each call goes on from the last, against the reference's of the same round); its
 inputs, against a copy; and a last result, after the values in those same inputs
 have been changed.
 

@@ -69,6 +69,7 @@ def interleave(
     budget_s: float = 3.0,
     max_rounds: int = 50,
     min_sample_s: float = 0.005,
+    max_repeats: int = 1000,
     device: str = "cpu",
     before: Callable[[str], None] = lambda name: None,
     keep: MutableMapping[str, Any] | None = None,
@@ -76,12 +77,15 @@ def interleave(
     """Time the implementations in turn until `budget_s` is spent; at least `MIN_RUNS` rounds.
 
     Each must have run once before (compiled, caches filled). A run shorter than
-    `min_sample_s` is repeated within its sample, which then holds the mean.
+    `min_sample_s` is repeated within its sample, up to `max_repeats` times, which then
+    holds the mean. With `max_repeats=1`, a round is the same call for all: the second,
+    the third, and so on.
     Where the spread is still wide at the end of the budget, up to as much again
     is spent on further rounds.
 
     before: told whose turn it is, outside the time that is taken.
-    keep:   for each name in it, the result of one timed run is put there; which one, is drawn at random.
+    keep:   for each name in it, the result of one timed run is put there, of the same round for all; which one, is
+            drawn at random.
     """
     if max_rounds < MIN_RUNS:
         raise ValueError(f"max_rounds={max_rounds}: at least {MIN_RUNS} are needed for a median worth printing")
@@ -92,7 +96,7 @@ def interleave(
     for name, run in runs.items():
         before(name)
         once, _ = timer(run, 1, False)
-        repeats[name] = 1 if device == "cuda" else max(1, min(1000, round(min_sample_s / max(once, 1e-9))))
+        repeats[name] = 1 if device == "cuda" else max(1, min(max_repeats, round(min_sample_s / max(once, 1e-9))))
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     start = time.perf_counter()
@@ -101,13 +105,14 @@ def interleave(
         noisy = done >= MIN_RUNS and any(Sample(tuple(s)).noisy for s in seconds.values())
         if done >= MIN_RUNS and spent > (2 * budget_s if noisy else budget_s):
             break
+        chosen = dice.randrange(done + 1) == 0  # in the end each round is the one kept with the same chance
         shift = done % len(names)
         for name in names[shift:] + names[:shift]:
             before(name)
-            chosen = name in kept and dice.randrange(done + 1) == 0  # in the end each round's, with the same chance
-            taken, result = timer(runs[name], repeats[name], chosen)
+            keeping = chosen and name in kept
+            taken, result = timer(runs[name], repeats[name], keeping)
             seconds[name].append(taken)
-            if chosen:
+            if keeping:
                 kept[name] = result
     return {name: Sample(tuple(taken)) for name, taken in seconds.items()}
 

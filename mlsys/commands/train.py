@@ -6,23 +6,26 @@ import argparse
 import copy
 import json
 import math
+import os
+import re
 import signal
 import sys
 import textwrap
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mlsys.commands import UsageError
+from mlsys.files import write_atomic
 
 if TYPE_CHECKING:
     from mlsys.data.text import Tokenizer, Tokens
-    from mlsys.models.training import TrainConfig, Trainer
+    from mlsys.models.training import Checkpoint, TrainConfig, Trainer
     from mlsys.models.transformer import Transformer
     from mlsys.perf.configs import Config
 
@@ -32,14 +35,18 @@ EXAMPLES = """examples:
   mlsys train --data book.txt --tokenizer bpe --vocab 1000 --out book
   mlsys train --out book --resume                  go on after Ctrl-C, a crash or a kill
 
-DIR then holds checkpoint.safetensors (all that going on needs), tokenizer.json, and at the end model.safetensors
-(for mlsys.models.transformer.load). Going on gives the very weights that a run without interruption gives.
+DIR then holds run.json (what was asked for), checkpoint.safetensors and tokenizer.json (all that going on needs),
+and at the end model.safetensors (for mlsys.models.transformer.load). Going on gives the very weights that a run
+without interruption gives. One run at a time works in DIR.
 """
 
 EVALUATIONS = 10  # on the way, of WINDOWS validation windows each
 WINDOWS = 64
 FINAL_WINDOWS = 256
 TRAINING_SHARE = 0.92  # of the minutes; the rest is for evaluations and saving
+
+RUN, CHECKPOINT, TOKENIZER, MODEL = "run.json", "checkpoint.safetensors", "tokenizer.json", "model.safetensors"
+LEFT_OVER = re.compile(rf"\.({'|'.join(map(re.escape, (RUN, CHECKPOINT, TOKENIZER, MODEL)))})\.[0-9a-f]{{12}}\.tmp")
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,41 @@ class Settings:
     batch: int = 4
     lr: float = 4e-3
     seed: int = 0
+
+    @classmethod
+    def of(cls, stored: object, file: Path) -> Settings:
+        """What `asdict` made of some; UsageError, naming the file, if it is anything else."""
+        if not isinstance(stored, dict) or set(stored) != {f.name for f in fields(cls)}:
+            raise UsageError(f"{file} was not written by this version of `mlsys train`: start with --overwrite")
+        return cls(**{**stored, "data": tuple(stored["data"])})
+
+
+@dataclass(frozen=True)
+class Order:
+    """All that was asked for. It is in run.json from a run's first moment on, when there is no checkpoint yet."""
+
+    settings: Settings
+    steps: int | None = None
+    minutes: float | None = None
+    threads: int | None = None
+
+    @classmethod
+    def read(cls, file: Path) -> Order | None:
+        """The order in a file; None if there is no file."""
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            return cls(**{**stored, "settings": Settings.of(stored["settings"], file)})
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError):
+            raise UsageError(
+                f"{file} was not written by this version of `mlsys train`: give --overwrite, or another --out"
+            ) from None
+
+    def save(self, file: Path) -> None:
+        """Write it, all at once."""
+        with naming(file, "nothing of this run is saved yet"):
+            write_atomic(file, json.dumps(asdict(self), indent=2) + "\n")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -82,8 +124,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(f"--{name}", type=count, metavar="N", help=f"{what} ({getattr(default, name)})")
     parser.add_argument("--lr", type=positive, metavar="X", help=f"highest learning rate ({default.lr})")
-    parser.add_argument("--seed", type=natural, metavar="N", help=f"of the weights and the batches ({default.seed})")
-    parser.add_argument("--threads", type=count, metavar="N", help="of torch (its own choice; resuming: as before)")
+    parser.add_argument("--seed", type=seed, metavar="N", help=f"of the weights and the batches ({default.seed})")
+    parser.add_argument("--threads", type=threads, metavar="N", help="of torch (its own choice; resuming: as before)")
     parser.add_argument("--out", type=Path, default=Path("mlsys-train"), metavar="DIR", help="results (mlsys-train)")
     parser.add_argument("--resume", action="store_true", help="go on from DIR's checkpoint; without one, start")
     parser.add_argument("--overwrite", action="store_true", help="start anew although DIR holds a run")
@@ -109,6 +151,22 @@ def natural(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    """A whole number that torch's generators take."""
+    value = natural(text)
+    if value >= 2**64:
+        raise argparse.ArgumentTypeError(f"expected a whole number below 2**64, got {text!r}")
+    return value
+
+
+def threads(text: str) -> int:
+    """A whole number from 1 that the machine can stand: the system may kill a process with far too many."""
+    value, most = count(text), 4 * (os.cpu_count() or 1)
+    if value > most:
+        raise argparse.ArgumentTypeError(f"expected at most {most}, four a processor, got {text!r}")
+    return value
+
+
 def positive(text: str) -> float:
     """A number above 0."""
     value = float(text)
@@ -131,38 +189,45 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--resume goes on with the run in --out and --overwrite discards it: give one of them")
     if args.out.exists() and not args.out.is_dir():
         raise UsageError(f"--out {args.out} is a file; name a folder")
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"--prompt {args.prompt!a} is not UTF-8 text: convert it first") from None
+    with claimed(args.out):
+        return run_alone(args)
 
+
+def run_alone(args: argparse.Namespace) -> int:
+    """What `run` does, in a folder where no other run is at work."""
     import torch
 
-    from mlsys.models import training
+    from mlsys.models import training, transformer
 
-    file = args.out / "checkpoint.safetensors"
+    file = args.out / CHECKPOINT
     checkpoint = training.read(file) if file.exists() and not args.overwrite else None
     if checkpoint and not args.resume:
         raise UsageError(
             f"{args.out} holds a run at step {checkpoint.done} of {checkpoint.config.steps}: give --resume to go on, "
             "--overwrite to start anew, or another --out"
         )
-    if args.resume and not checkpoint:
-        say(f"no checkpoint in {args.out} yet: starting")
-
-    settings = stored_settings(checkpoint, args) if checkpoint else chosen_settings(args)
-    threads = args.threads or (checkpoint.environment["threads"] if checkpoint else None)
-    if threads:
-        torch.set_num_threads(threads)
-    saved_tokenizer = args.out / "tokenizer.json" if checkpoint else None
-    tokenizer, train_tokens, validation_tokens, bytes_per_token = text_of(settings, saved_tokenizer)
-    prepare(args.out, tokenizer, fresh=checkpoint is None)
-    model = model_of(settings, tokenizer.vocab)
-    if checkpoint:
-        trainer = training.Trainer(model, train_tokens, checkpoint.config, checkpoint.notes)
-        resume(trainer, checkpoint)
-    else:
-        steps = args.steps or planned_steps(model, train_tokens, settings, 60 * (args.minutes or 1.0))
-        trainer = training.Trainer(
-            model, train_tokens, train_config(settings, steps), notes={"settings": asdict(settings)}
-        )
-        trainer.save(file)  # from here on, whatever happens, there is something to go on from
+    order = order_of(args, checkpoint)
+    settings, chosen_threads = order.settings, args.threads or order.threads
+    if chosen_threads:
+        torch.set_num_threads(chosen_threads)
+    # While an earlier checkpoint stands, so does its run: a new one takes the folder over in `start`.
+    with nullcontext() if file.exists() else noted(order, args.out / RUN):
+        saved_tokenizer = args.out / TOKENIZER if checkpoint else None
+        tokenizer, train_tokens, validation_tokens, bytes_per_token = text_of(settings, saved_tokenizer)
+        model = model_of(settings, tokenizer.vocab)
+        if checkpoint:
+            trainer = training.Trainer(model, train_tokens, checkpoint.config, checkpoint.notes)
+            resume(trainer, checkpoint)
+        else:
+            steps = order.steps or planned_steps(model, train_tokens, settings, 60 * (order.minutes or 1.0))
+            notes = {"settings": asdict(settings)}
+            trainer = training.Trainer(model, train_tokens, train_config(settings, steps), notes)
+    if not checkpoint:
+        start(args.out, order, tokenizer, trainer)
     say(
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train_tokens):,} training tokens, "
         f"{trainer.config.steps - trainer.done:,} steps of {settings.batch} × {settings.seq} tokens, "
@@ -177,25 +242,108 @@ def run(args: argparse.Namespace) -> int:
         )
         return 128 + stopped
 
-    from mlsys.models import transformer
-
-    transformer.save(model, args.out / "model.safetensors")
+    with naming(args.out / MODEL, f"all {trainer.done} steps are in {file}"):
+        transformer.save(model, args.out / MODEL)
     loss = training.evaluate(model, validation_tokens, settings.seq, windows=FINAL_WINDOWS)
     report(args, trainer, loss, loss / bytes_per_token, sample(model, tokenizer, args, settings.seed))
     return 0
 
 
-def prepare(folder: Path, tokenizer: Tokenizer, *, fresh: bool) -> None:
-    """Make the folder and remove what a killed save left; for a fresh run, also an earlier one's results."""
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """The folder for this process alone; made if need be, and cleared of what a killed save left in it.
+
+    A folder that is made and stays empty is removed again. The lock belongs to the process, so a kill ends it.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder / ".lock"):
+            for path in folder.iterdir():
+                if LEFT_OVER.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+            yield
+    finally:
+        with suppress(OSError):  # not empty: the usual case
+            for path in made:
+                path.rmdir()
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold a lock; UsageError if another process does. Without fcntl (Windows), or where locks are not to be had: none.
+
+    The file is removed at the end. Whoever opened it before that and locks it after has locked a file without a name,
+    sees so, and tries again.
+    """
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        yield
+        return
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.read(descriptor, 20).decode(errors="replace").strip() or "unknown"
+            os.close(descriptor)
+            raise UsageError(
+                f"another `mlsys train` (pid {pid}) is at work in {file.parent}: wait for it, or give another --out"
+            ) from None
+        except OSError:  # some network file systems have no locks
+            pass
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), file.stat()):
+                break
+        os.close(descriptor)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+@contextmanager
+def noted(order: Order, file: Path) -> Iterator[None]:
+    """What was asked for is in the file; if it proves impossible, the file is as it was. A kill leaves it there."""
+    before = file.read_bytes() if file.exists() else None
+    order.save(file)
+    try:
+        yield
+    except Exception:
+        file.unlink() if before is None else write_atomic(file, before)
+        raise
+
+
+def start(folder: Path, order: Order, tokenizer: Tokenizer, trainer: Trainer) -> None:
+    """Make the folder that of a new run. From here on, whatever happens, there is something to go on from.
+
+    A kill before the old checkpoint is gone leaves the old run; one after it leaves run.json, to begin the new one.
+    """
     from mlsys.data import text
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob(".*.tmp"):  # as mlsys.files.write_atomic names them
-        left_over.unlink(missing_ok=True)
-    if fresh:
-        for name in ("checkpoint.safetensors", "model.safetensors"):
-            (folder / name).unlink(missing_ok=True)
-        text.save(tokenizer, folder / "tokenizer.json")
+    order.save(folder / RUN)
+    for name in (MODEL, CHECKPOINT):
+        (folder / name).unlink(missing_ok=True)
+    with naming(folder / TOKENIZER, "nothing of this run is saved yet"):
+        text.save(tokenizer, folder / TOKENIZER)
+    with naming(folder / CHECKPOINT, "nothing of this run is saved yet"):
+        trainer.save(folder / CHECKPOINT)
+
+
+@contextmanager
+def naming(file: Path, safe: str) -> Iterator[None]:
+    """An OSError inside, such as a full disk, names the file and says what is saved in spite of it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror or error}; {safe}", str(file)) from error
 
 
 def say(line: str) -> None:
@@ -206,14 +354,54 @@ def say(line: str) -> None:
 # --- what to train ----------------------------------------------------------------------------------------------------
 
 
-def chosen_settings(args: argparse.Namespace) -> Settings:
-    """The settings of a new run: what was given, else the defaults. Paths are made absolute, for going on elsewhere."""
+def order_of(args: argparse.Namespace, checkpoint: Checkpoint | None) -> Order:
+    """What to do: go on from the checkpoint, begin what run.json holds, or begin anew.
+
+    UsageError if the user now asks for something else, or if the folder holds what a beginning would destroy.
+    """
+    earlier = None if args.overwrite else Order.read(args.out / RUN)
+    if checkpoint:
+        settings = Settings.of(checkpoint.notes.get("settings"), checkpoint.path)
+        earlier = Order(settings, checkpoint.config.steps, threads=checkpoint.environment["threads"])
+    if args.resume and earlier:
+        check_same(args, earlier)
+        if not checkpoint:
+            say(f"no checkpoint in {args.out} yet: starting what {RUN} asks for")
+        return earlier
+    if not args.overwrite:
+        for name in (MODEL,) if earlier else (MODEL, TOKENIZER):  # a killed run may have got as far as its tokenizer
+            if (args.out / name).exists():
+                raise UsageError(
+                    f"{args.out} holds {name} but no run to go on with: give --overwrite to start anew, or another "
+                    "--out"
+                )
+    order = Order(chosen_settings(args), args.steps, args.minutes, args.threads)
+    if args.resume:
+        say(f"no checkpoint in {args.out} yet: starting")
+    return order
+
+
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the user typed. Paths are made absolute, for going on elsewhere."""
     from mlsys.data.text import SOURCES
 
     given: dict[str, Any] = {f.name: v for f in fields(Settings) if (v := getattr(args, f.name)) is not None}
-    if "data" in given and not (len(given["data"]) == 1 and given["data"][0] in SOURCES):
-        given["data"] = tuple(str(Path(path).resolve()) for path in given["data"])
-    settings = Settings(**{**given, "data": tuple(given.get("data", Settings.data))})
+    if "data" in given:
+        named = len(given["data"]) == 1 and given["data"][0] in SOURCES
+        given["data"] = tuple(given["data"]) if named else tuple(map(absolute, given["data"]))
+    return given
+
+
+def absolute(path: str) -> str:
+    """The path without links, except to what is neither file nor folder: a pipe has no other name."""
+    found = Path(path)
+    return str(found.resolve() if found.is_file() or found.is_dir() else found.absolute())
+
+
+def chosen_settings(args: argparse.Namespace) -> Settings:
+    """The settings of a new run: what was given, else the defaults."""
+    settings = Settings(**given_settings(args))
+    check_vocab(args, settings)
     if settings.width % settings.heads:
         raise UsageError(f"--width {settings.width} is not a multiple of --heads {settings.heads}")
     if settings.style == "llama" and settings.width // settings.heads % 2:
@@ -224,25 +412,31 @@ def chosen_settings(args: argparse.Namespace) -> Settings:
     return settings
 
 
-def stored_settings(checkpoint: Any, args: argparse.Namespace) -> Settings:
-    """The settings of the run to go on with; UsageError if the user now asks for others."""
-    stored = checkpoint.notes.get("settings")
-    if not isinstance(stored, dict) or set(stored) != {f.name for f in fields(Settings)}:
-        raise UsageError(f"{checkpoint.path} was not written by this version of `mlsys train`: start with --overwrite")
-    settings = Settings(**{**stored, "data": tuple(stored["data"])})
-    asked = chosen_settings(args)
-    for field in fields(Settings):
-        if getattr(args, field.name) is not None and getattr(asked, field.name) != getattr(settings, field.name):
+def check_vocab(args: argparse.Namespace, settings: Settings) -> None:
+    """UsageError if a size is asked of a tokenizer that has its own."""
+    if args.vocab is not None and settings.tokenizer != "bpe":
+        raise UsageError(
+            f"--vocab {args.vocab}: the vocabulary of --tokenizer {settings.tokenizer} has a size of its own; "
+            "leave the option out, or give --tokenizer bpe"
+        )
+
+
+def check_same(args: argparse.Namespace, order: Order) -> None:
+    """UsageError if the user now asks for something else than the run to go on with has."""
+    for name, value in given_settings(args).items():
+        if value != getattr(order.settings, name):
             raise UsageError(
-                f"--{field.name}: the run in {args.out} has {shown(getattr(settings, field.name))}; leave the option "
+                f"--{name}: the run in {args.out} has {shown(getattr(order.settings, name))}; leave the option "
                 "out to go on, or start anew with --overwrite"
             )
-    if args.minutes is not None or (args.steps or checkpoint.config.steps) != checkpoint.config.steps:
-        raise UsageError(
-            f"{'--minutes' if args.minutes is not None else '--steps'}: the run in {args.out} was planned for "
-            f"{checkpoint.config.steps} steps, and its learning rate follows that plan; leave the option out to go on"
-        )
-    return settings
+    check_vocab(args, order.settings)
+    for name in ("steps", "minutes"):
+        if getattr(args, name) not in (None, getattr(order, name)):
+            plan = f"{order.steps} steps" if order.steps else f"{order.minutes or 1.0:g} minutes"
+            raise UsageError(
+                f"--{name}: the run in {args.out} was planned for {plan}, and its learning rate follows that plan; "
+                "leave the option out to go on"
+            )
 
 
 def shown(value: object) -> str:
@@ -316,7 +510,7 @@ def planned_steps(model: Transformer, stream: Tokens, settings: Settings, budget
     return max(1, int(TRAINING_SHARE * budget_s / usual))
 
 
-def resume(trainer: Trainer, checkpoint: Any) -> None:
+def resume(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """Put the trainer where the checkpoint was; a machine that rounds otherwise is told, not refused."""
     import warnings
 
@@ -337,7 +531,7 @@ def train(trainer: Trainer, validation_tokens: Tokens, file: Path, save_every_s:
 
     config = trainer.config
     every = max(config.steps // EVALUATIONS, 1)
-    saved = time.monotonic()
+    saved, saved_step = time.monotonic(), trainer.done
     losses: list[float] = []
     with signals() as received, progress(trainer.done, config.steps) as show:
         while not trainer.finished and not received:
@@ -347,11 +541,18 @@ def train(trainer: Trainer, validation_tokens: Tokens, file: Path, save_every_s:
                 validation = training.evaluate(trainer.model, validation_tokens, config.seq, windows=WINDOWS)
             show.step(trainer.done, losses[-20:], validation)
             if time.monotonic() - saved >= save_every_s:
-                trainer.save(file)
-                saved = time.monotonic()
+                with naming(file, still_there(saved_step, file)):
+                    trainer.save(file)
+                saved, saved_step = time.monotonic(), trainer.done
                 show.saved(trainer.done)
-        trainer.save(file)
+        with naming(file, still_there(saved_step, file)):
+            trainer.save(file)
     return received[0] if received and not trainer.finished else 0
+
+
+def still_there(step: int, file: Path) -> str:
+    """What the user has when a save fails."""
+    return f"the checkpoint of step {step} is intact; to go on from it: mlsys train --out {file.parent} --resume"
 
 
 @contextmanager
@@ -481,17 +682,24 @@ def report(args: argparse.Namespace, trainer: Trainer, per_token: float, per_byt
         "validation_nats_per_byte": per_byte,
         "validation_bits_per_byte": per_byte / math.log(2),
         "validation_perplexity": math.exp(per_token),
-        "model": str(args.out / "model.safetensors"),
-        "checkpoint": str(args.out / "checkpoint.safetensors"),
+        "model": str(args.out / MODEL),
+        "checkpoint": str(args.out / CHECKPOINT),
         "sample": sample,
     }
     if args.json:
-        print(json.dumps(results, indent=2, ensure_ascii=False))
+        readable = json.dumps(results, indent=2, ensure_ascii=False)
+        print(readable if readable == shown_by_stdout(readable) else json.dumps(results, indent=2))
         return
     print(
         f"validation loss {per_byte:.3f} nats a byte ({per_byte / math.log(2):.3f} bits), "
         f"perplexity {math.exp(per_token):.2f} a token"
     )
-    print(f"model           {results['model']}")
+    print(shown_by_stdout(f"model           {results['model']}"))
     if sample:
-        print(f"sample\n{textwrap.indent(sample, '  ', lambda line: True)}")
+        print(shown_by_stdout(f"sample\n{textwrap.indent(sample, '  ', lambda line: True)}"))
+
+
+def shown_by_stdout(text: str) -> str:
+    """The text, with a question mark for what stdout's encoding does not have: after minutes of training, no error."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)

@@ -27,6 +27,7 @@ See also:
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import json
 import linecache
@@ -38,10 +39,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import IO, Any, NoReturn
 
 import psutil
@@ -92,10 +95,14 @@ def check_isolated(
 
 @contextlib.contextmanager
 def child(server: str, spec: dict[str, Any]) -> Iterator[Child]:
-    """A child that calls `serve` of the module `server` with this spec; at the end it is gone, with all it started."""
+    """A child that calls `serve` of the module `server` with this spec; at the end it is gone, with all it started.
+
+    So it is where this process is told to end (SIGTERM, unless it has a handler of its own for that, or this is not
+    the main thread). On Linux the child also ends with the thread that started it, however that ends.
+    """
     token, cookie = secrets.token_hex(16), secrets.token_hex(16)
     read_end, write_end = os.pipe()
-    with tempfile.TemporaryFile() as stack, os.fdopen(read_end, "rb", buffering=0) as channel:
+    with _leaving_on_sigterm(), tempfile.TemporaryFile() as stack, os.fdopen(read_end, "rb", buffering=0) as channel:
         try:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-c", START],  # -P: a file here named `random.py` is not to be imported
@@ -113,6 +120,7 @@ def child(server: str, spec: dict[str, Any]) -> Iterator[Child]:
                 "server": server,
                 "path": [entry for entry in sys.path if entry],
                 "token": token,
+                "parent": os.getpid(),
                 "channel": write_end,
                 "stack": stack.fileno(),
             }
@@ -123,6 +131,24 @@ def child(server: str, spec: dict[str, Any]) -> Iterator[Child]:
             yield Child(process, channel, stack, token)
         finally:
             _end(process, cookie)
+
+
+@contextlib.contextmanager
+def _leaving_on_sigterm() -> Iterator[None]:
+    """SIGTERM raises SystemExit in here, so that what is to be cleaned up is."""
+    handled = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    if handled or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)  # as a shell reports it
+
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Child:
@@ -164,6 +190,10 @@ class Child:
     def ending(self) -> str:
         """How it ended, in words; waits for it."""
         return _ending(self.process.wait())
+
+    def exited(self) -> bool:
+        """Whether it ended by leaving, with whatever status, not by a signal; waits for it."""
+        return self.process.wait() >= 0
 
     def stuck_at(self, path: Path | None) -> str:
         """Ask the child's fault handler which line it is at: ", at my.py:12 in my_flash"."""
@@ -285,6 +315,7 @@ def serve(spec: dict[str, Any]) -> None:
 def answer(spec: dict[str, Any], work: Callable[[dict[str, Any], Callable[..., None]], None]) -> None:
     """Do `work(spec, send)`, which says what it does by `send(event, **fields)`; does not return."""
     own_pid = os.getpid()
+    _die_with(spec["parent"])
     os.set_inheritable(spec["channel"], False)
     os.set_inheritable(spec["stack"], False)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -309,6 +340,18 @@ def answer(spec: dict[str, Any], work: Callable[[dict[str, Any], Callable[..., N
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(0)  # not by returning: the code under check may have left threads and exit handlers
+
+
+def _die_with(parent: int) -> None:
+    """End with the parent, however that ends: killed, it cannot end us. Only Linux has this."""
+    if sys.platform != "linux":
+        return
+    PR_SET_PDEATHSIG = 1  # linux/prctl.h
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
+        code = ctypes.get_errno()
+        raise OSError(code, f"prctl(PR_SET_PDEATHSIG): {os.strerror(code)}")
+    if os.getppid() != parent:  # it had ended before we asked
+        os._exit(1)
 
 
 def _answer(spec: dict[str, Any], send: Any) -> None:

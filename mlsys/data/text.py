@@ -1,6 +1,6 @@
 """Text for a language model that every machine has: the source of its own standard library, as a stream of tokens.
 
-About 650 files and 10 MB of Python, written by people over thirty years; or its
+Some 600 files and 10 MB of Python, written by people over thirty years; or its
 documentation; or text of your own. The files are read, never imported or run.
 Tests, and files that a program wrote (character tables, `pydoc_data`), are left out.
 
@@ -158,6 +158,11 @@ def _user_files(path: Path) -> Iterator[File]:
 
 
 def _text(path: Path) -> str:
+    if path.exists() and not path.is_file():
+        raise ValueError(
+            f"{path} is not a regular file but a pipe or a device, which cannot be read a second time: "
+            "write its text to a file first"
+        )
     try:
         text = path.read_bytes().decode()
     except UnicodeDecodeError as error:
@@ -171,7 +176,8 @@ def split(files: Sequence[File], fraction: float = 0.1, seed: int = 0) -> tuple[
     """Training and validation files: each file falls by a hash of its name, so about `fraction` go to validation.
 
     Whole files, because the next line of a file gives away too much of the one before. By name, so that a file keeps
-    its side when others come or go. Where one side would be empty, it gets one file; a single file is cut at a line.
+    its side when others come or go. Where one side would be empty, it gets one file; a single file is cut at a line, at
+    a space if its lines are too long for that, or else anywhere.
 
     Raises ValueError if fraction is not between 0 and 1, or if there is nothing to split.
     """
@@ -193,9 +199,13 @@ def _unit_hash(text: str) -> float:
 
 
 def _cut(file: File, fraction: float) -> tuple[list[File], list[File]]:
-    at = file.text.rfind("\n", 0, round(len(file.text) * (1 - fraction))) + 1
-    if not 0 < at < len(file.text):
-        raise ValueError(f"files: the only file, {file.name!r}, is too short to hold some lines out for validation")
+    length = len(file.text)
+    if length < 2:
+        raise ValueError(f"files: the only file, {file.name!r}, is too short to hold some of it out for validation")
+    wanted = min(max(round(length * (1 - fraction)), 1), length - 1)
+    # Not in the first half of what is wanted: a heading and one long line are no reason to train on the heading.
+    places = (file.text.rfind(mark, wanted // 2, wanted) + 1 for mark in "\n ")
+    at = next((place for place in places if place), wanted)
     return [File(f"{file.name} (start)", file.text[:at])], [File(f"{file.name} (end)", file.text[at:])]
 
 

@@ -37,7 +37,8 @@ from pathlib import Path
 import torch
 
 from mlsys.attention import naive
-from mlsys.data import docs, text
+from mlsys.data import text
+from mlsys.files import cache_folder
 from mlsys.models import training, transformer
 from mlsys.models.training import TrainConfig, Trainer
 from mlsys.models.transformer import AttentionFn, Transformer
@@ -84,8 +85,8 @@ def trained(
 ) -> tuple[Transformer, text.Bytes]:
     """The trained model of a recipe, "small" or "tiny" or one's own, and its tokenizer.
 
-    The first call trains, and tells on stderr how far it is; later ones read the file in the cache. A damaged file is
-    read as none. ValueError for an unknown name.
+    The first call trains, and tells on stderr how far it is; later ones read the file in the cache, or in `cache_dir`.
+    A damaged file is read as none. torch's global generator is left as it is. ValueError for an unknown name.
     """
     if isinstance(recipe, str):
         if recipe not in RECIPES:
@@ -94,16 +95,22 @@ def trained(
     else:
         name = "own"
     files = text.corpus(recipe.source)
-    folder = Path(cache_dir) if cache_dir is not None else docs.default_cache_dir().with_name("trained")
+    folder = (Path(cache_dir) if cache_dir is not None else cache_folder()) / "trained"
     path = folder / f"{name}-{_key(recipe, files)}.safetensors"
+    with torch.random.fork_rng(devices=[]):  # a model draws weights when it is built, on the CPU
+        return _model(recipe, files, name, path, attention).eval(), text.Bytes()
+
+
+def _model(recipe: Recipe, files: list[text.File], name: str, path: Path, attention: AttentionFn) -> Transformer:
     try:
-        return transformer.load(path, attention=attention).eval(), text.Bytes()
+        return transformer.load(path, attention=attention)
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
         log.warning("the cache file %s cannot be read (%s); training again", path, error)
 
-    model = _train(recipe, files, name, folder)
+    folder = path.parent
+    model = _train(recipe, files, name, folder.with_name("text"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         transformer.save(model, path)
@@ -113,7 +120,7 @@ def trained(
         weights = model.state_dict()
         model = Transformer(recipe.config, attention=attention)
         model.load_state_dict(weights)
-    return model.eval(), text.Bytes()
+    return model
 
 
 def _key(recipe: Recipe, files: list[text.File]) -> str:
@@ -122,11 +129,11 @@ def _key(recipe: Recipe, files: list[text.File]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _train(recipe: Recipe, files: list[text.File], name: str, folder: Path) -> Transformer:
+def _train(recipe: Recipe, files: list[text.File], name: str, text_cache: Path) -> Transformer:
     train_files, validation_files = text.split(files)
     tokenizer = text.Bytes()
-    stream = text.tokens(train_files, tokenizer, cache_dir=folder.with_name("text"))
-    held_out = text.tokens(validation_files, tokenizer, cache_dir=folder.with_name("text"))
+    stream = text.tokens(train_files, tokenizer, cache_dir=text_cache)
+    held_out = text.tokens(validation_files, tokenizer, cache_dir=text_cache)
     steps = recipe.train.steps
     with _one_thread():
         model = Transformer(recipe.config)

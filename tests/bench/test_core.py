@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
+import itertools
 
 import pytest
 import torch
 
-from mlsys.bench import Impl, Work, core, machine, run
+from mlsys.bench import Impl, Work, core, machine, run, timing
 from mlsys.bench.core import describe
 from mlsys.bench.machine import Limits
 
@@ -137,6 +138,61 @@ def test_a_result_remembered_where_calls_go_on_from_each_other(tensors):
         lambda a, b: first[0] if first else first.append(torch.dot(a, b)) or first[0], prepare=steps, stateful=True
     )
     assert mine.status == "wrong"
+
+
+def count(given):
+    """Steps of which each gives another result."""
+    yield from map(float, itertools.count(1))
+
+
+@pytest.fixture
+def steps(toy):
+    """A benchmark whose calls go on from each other."""
+    return toy(
+        impls={"steps": Impl(lambda: count, "reference"), "peer": Impl(lambda: count, "peer")},
+        prepare=lambda function, case, given: functools.partial(next, function(given)),
+        stateful=True,
+    )
+
+
+def test_right_steps_until_they_are_timed(steps):
+    def lazy(given):
+        yield 1.0
+        yield from itertools.repeat(5.5)
+
+    rows = by_name(run(steps.with_impl("yours", lazy), [{"n": 10}], budget_s=0.0))
+    assert (rows["yours"].status, rows["yours"].seconds) == ("wrong", None)
+    assert rows["yours"].note.startswith("while it was timed: error")
+    assert all(rows[name].seconds > 0 for name in ("steps", "peer"))
+
+
+def test_right_steps_are_compared_with_the_same_ones_of_the_reference(steps, monkeypatch):
+    assert by_name(run(steps.with_impl("yours", count), [{"n": 10}], budget_s=0.0))["yours"].seconds > 0
+
+    now = [0.0]
+
+    def clock():
+        now[0] += 1e-6
+        return now[0]
+
+    monkeypatch.setattr(timing.time, "perf_counter", clock)
+
+    def slow(given):  # a sample of the other could hold a thousand calls
+        for step in count(given):
+            now[0] += 1.0
+            yield step
+
+    slowly = dataclasses.replace(steps, impls={"steps": Impl(lambda: slow, "reference")})
+    rows = by_name(run(slowly.with_impl("yours", count), [{"n": 10}], budget_s=0.0))
+    assert rows["yours"].status == "ok"
+
+    def late(given):  # fails when the reference is one step ahead of whoever comes next
+        yield 1.0
+        raise ZeroDivisionError
+
+    rows = by_name(run(steps.with_impl("late", late).with_impl("yours", count), [{"n": 10}], budget_s=0.0))
+    assert rows["late"].status == "failed"
+    assert rows["yours"].seconds > 0
 
 
 @pytest.mark.parametrize("when", [1, 4])

@@ -111,7 +111,8 @@ class Silent:
         self.name = name
 
     def messages(self):
-        yield {"event": "turn", "name": self.name}
+        for name in ("yours", "", "yours", self.name):
+            yield {"event": "turn", "name": name}
         yield None
         yield {"event": "records", "records": []}
         yield {"event": "done"}
@@ -120,17 +121,62 @@ class Silent:
         return f" at {path.name}:1"
 
 
-def test_only_the_users_function_is_on_the_clock(monkeypatch, tmp_path):
-    clock = itertools.count(0, 3600)
+def test_the_others_may_take_their_time_but_not_for_ever(monkeypatch, tmp_path):
+    clock = itertools.count(0, 1000)
     monkeypatch.setattr(isolate.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(isolate.core, "blank", lambda *_: Record("toys.sums", {"n": 10}, "", "", "ok"))
 
-    def records(name):
-        return list(isolate._records(Silent(name), None, [{"n": 10}], TIMED, tmp_path / "mine.py", 60.0, 300.0, print))
+    def records(name, others_limit_s=2500.0):
+        limits = (60.0, 300.0, others_limit_s)
+        return list(isolate._records(Silent(name), None, [{"n": 10}], TIMED, tmp_path / "mine.py", *limits, print))
 
     assert records("sum") == [[]]
+    with pytest.raises(Stopped, match=r"within 600 s at mine\.py:1, on the turn of sum, after your function had run"):
+        records("sum", 600.0)
     with pytest.raises(Stopped, match=r"no answer within 60 s at mine\.py:1"):
         records("yours")
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("os._exit(0)", "the process exited with status 0 before it had answered, on"),
+        ("os.abort()", "the process died by signal 6 (aborted) at mine.py:7 in strike: `os.abort()`, on"),
+        ("real(iter(int, 1))", "no answer within 3 s at mine.py:"),  # a loop in C, which no other thread ends
+    ],
+)
+def test_what_it_left_behind_strikes_on_anothers_turn(measure, line, says):
+    source = f"""
+        import builtins, os, threading
+        import numba, mlsys.bench.suspect  # not on the others' time
+        ran, turn, real = [], threading.Event(), sum
+        def strike():
+            turn.wait()
+            {line}
+        def told(xs, *start):
+            if ran and isinstance(xs, list) and len(xs) == 20:
+                turn.set()
+                threading.Event().wait()
+            return real(xs, *start)
+        threading.Thread(target=strike, daemon=True).start()
+        builtins.sum = told  # so that the thread knows whose turn it is
+        def mine(xs):
+            ran.append(1)
+            return real(xs)
+    """
+    found, stopped = measure(source, others_limit_s=3.0 if "iter" in line else None)
+    assert [rows["yours"].case["n"] for rows in found] == [10]
+    assert (stopped.impl, stopped.status, stopped.case["n"]) == ("yours", "failed", 20)
+    assert stopped.note.startswith(says)
+    assert "on the turn of sum, after your function had run" in stopped.note
+
+
+def test_a_signal_that_nothing_of_the_users_explains_is_ours(measure, tmp_path):
+    toy = tmp_path / "toys" / "sums.py"
+    crash = "lambda: lambda xs: __import__('os').abort() if len(xs) == 20 else sum(xs)"
+    toy.write_text(toy.read_text().replace('"peer": Impl(lambda: sum', f'"peer": Impl({crash}'))
+    with pytest.raises(RuntimeError, match="the benchmark was cut short: the process died by signal 6"):
+        measure("def mine(xs): return sum(xs)")
 
 
 def test_death_of_the_process_is_told_and_nothing_is_left(measure, tmp_path):
@@ -164,6 +210,8 @@ def test_what_cannot_be_loaded_is_said_at_once(measure):
         measure("1 / 0")
     with pytest.raises(ValueError, match="limit_s must be positive"):
         measure("def mine(xs): return sum(xs)", limit_s=0)
+    with pytest.raises(ValueError, match="others_limit_s must be positive"):
+        measure("def mine(xs): return sum(xs)", others_limit_s=0)
 
 
 def test_trouble_of_our_own_is_not_blamed_on_it(measure, tmp_path):

@@ -64,6 +64,14 @@ def test_interleave_repeats_what_is_too_short_to_time(monkeypatch):
     assert len(calls) >= 10 * MIN_RUNS
 
 
+def test_a_round_can_be_one_call_of_each(monkeypatch):
+    calls = []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: 0.0)
+    samples = interleave({name: lambda name=name: calls.append(name) for name in "ab"}, max_rounds=6, max_repeats=1)
+    assert [len(s.seconds) for s in samples.values()] == [6, 6]
+    assert calls.count("a") == calls.count("b") == 7  # one more that only finds out how long it takes
+
+
 def test_interleave_refuses_fewer_rounds_than_a_median_needs():
     with pytest.raises(ValueError, match="max_rounds=2"):
         interleave({"a": lambda: None}, max_rounds=2)

@@ -1,5 +1,7 @@
 """`mlsys train`: killed at any moment it goes on to the very same file; it says what it did and what it will not do."""
 
+import errno
+import io
 import json
 import os
 import signal
@@ -55,24 +57,30 @@ def uninterrupted(data, tmp_path, capsys):
 
 # --- killed -----------------------------------------------------------------------------------------------------------
 
-# Runs `mlsys` with a fault: after argv[1] whole saves of the checkpoint, the process is killed in the next one: with
+# Runs `mlsys` with a fault: after argv[1] whole saves of the file argv[3], the process is killed in the next one: with
 # argv[2] "before", while half of the new file is on the disk; with "after", when it has just been put in place.
 FAULTY = """
 import os, signal, sys
 from mlsys import cli
-left, when = int(sys.argv[1]), sys.argv[2]
+left, when, name = int(sys.argv[1]), *sys.argv[2:4]
 replace = os.replace
 def faulty(source, target):
     global left
-    if os.path.basename(target) == "checkpoint.safetensors":
+    if os.path.basename(target) == name:
         left -= 1
         if left < 0:
             os.truncate(source, os.path.getsize(source) // 2) if when == "before" else replace(source, target)
             os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
 os.replace = faulty
-sys.exit(cli.main(sys.argv[3:]))
+sys.exit(cli.main(sys.argv[4:]))
 """
+
+
+def kill(saves, when, name, mlsys):
+    command = [sys.executable, "-c", FAULTY, str(saves), when, name, *mlsys]
+    killed = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
 
 
 def resumed(out, capsys):
@@ -102,9 +110,7 @@ def test_killed_in_the_middle_of_a_save_and_again(data, tmp_path, capsys, uninte
     start = arguments(data, out, "--save-every", "0")
     again = ["train", "--out", str(out), "--save-every", "0", "--resume"]
     for saves, when, mlsys, done in ((3, "before", start, 2), (4, "after", again, 7)):
-        command = [sys.executable, "-c", FAULTY, str(saves), when, *mlsys]
-        killed = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        kill(saves, when, "checkpoint.safetensors", mlsys)
         assert training.read(out / "checkpoint.safetensors").done == done
         assert len(list(out.glob(".*.tmp"))) == (when == "before")
     told, final = resumed(out, capsys)
@@ -112,11 +118,106 @@ def test_killed_in_the_middle_of_a_save_and_again(data, tmp_path, capsys, uninte
     assert final == uninterrupted
 
 
-def test_killed_before_there_is_anything_to_go_on_from(data, tmp_path, capsys, uninterrupted):
+@pytest.mark.parametrize(("when", "name"), [("after", "run.json"), ("before", "checkpoint.safetensors")])
+def test_killed_before_there_is_anything_to_go_on_from(when, name, data, tmp_path, capsys, uninterrupted):
     out = tmp_path / "killed"
-    assert main(arguments(data, out, "--resume")) == 0
-    assert f"no checkpoint in {out} yet: starting" in capsys.readouterr().err
+    kill(0, when, name, arguments(data, out))
+    assert not (out / "checkpoint.safetensors").exists()
+    told, final = resumed(out, capsys)
+    assert f"no checkpoint in {out} yet: starting what run.json asks for" in told
+    assert final == uninterrupted
+
+
+def interrupt(when, name, mlsys):
+    """Ctrl-C while a file is being put in place, before there are steps to finish: as a kill, but without a process."""
+    replace = os.replace
+
+    def interrupted(source, target):
+        if when == "after" or Path(target).name != name:
+            replace(source, target)
+        if Path(target).name == name:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "replace", interrupted)
+        assert main(mlsys) == 130
+
+
+def test_interrupted_before_its_first_file_there_is_nothing_of_it(data, tmp_path, capsys, uninterrupted):
+    out = tmp_path / "stopped"
+    interrupt("before", "run.json", arguments(data, out))
+    assert not out.exists()
+    assert main(arguments(data, out, "--resume")) == 0  # as in a loop that restarts it
+    assert f"no checkpoint in {out} yet: starting\n" in capsys.readouterr().err
     assert checkpoint(out) == uninterrupted
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("when", "name", "begun"),
+    [
+        ("before", "run.json", False),
+        ("after", "run.json", False),
+        ("before", "tokenizer.json", True),
+        ("after", "tokenizer.json", True),
+        ("before", "checkpoint.safetensors", True),
+        ("after", "checkpoint.safetensors", True),
+    ],
+)
+def test_interrupted_early_one_run_or_the_other_is_there(
+    when, name, begun, overwrite, data, tmp_path, capsys, uninterrupted
+):
+    """Overwriting: the old one until the new one is ready. Not overwriting: the new one as soon as it has a file."""
+    out = tmp_path / "stopped"
+    if overwrite:
+        assert main(arguments(data, out, "--seed", "3")) == 0
+        old = checkpoint(out)
+    interrupt(when, name, arguments(data, out, *["--overwrite"] * overwrite))
+    if overwrite or (when, name) != ("before", "run.json"):
+        assert resumed(out, capsys)[1] == (old if overwrite and not begun else uninterrupted)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("at", ["text_of", "model_of"])
+def test_interrupted_while_it_prepares(at, overwrite, data, tmp_path, capsys, uninterrupted, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "stopped"
+    if overwrite:
+        assert main(arguments(data, out, "--seed", "3")) == 0
+        old = checkpoint(out)
+    with monkeypatch.context() as patched:
+        patched.setattr(train, at, interrupted)
+        assert main(arguments(data, out, *["--overwrite"] * overwrite)) == 130
+    capsys.readouterr()
+    told, final = resumed(out, capsys)
+    assert ("starting what run.json asks for" in told) != overwrite
+    assert final == (old if overwrite else uninterrupted)
+
+
+def test_what_was_asked_for_outlives_a_failed_beginning(data, tmp_path, capsys, uninterrupted):
+    out = tmp_path / "stopped"
+    interrupt("after", "run.json", arguments(data, out))
+    asked = (out / "run.json").read_bytes()
+    Path(data).rename(tmp_path / "away")
+    assert main(["train", "--out", str(out), "--resume"]) == 2
+    assert f"{data}: No such file or directory" in capsys.readouterr().err
+    assert (out / "run.json").read_bytes() == asked
+    (tmp_path / "away").rename(data)
+    assert resumed(out, capsys)[1] == uninterrupted
+
+
+def test_budget_and_settings_of_a_run_that_has_no_checkpoint_yet_hold(data, tmp_path, capsys):
+    out = tmp_path / "stopped"
+    interrupt("after", "tokenizer.json", ["train", "--data", data, "--minutes", "0.01", "--out", str(out), *TINY])
+    for more, told in (
+        (["--steps", "5"], f"--steps: the run in {out} was planned for 0.01 minutes"),
+        (["--minutes", "2"], f"--minutes: the run in {out} was planned for 0.01 minutes"),
+        (["--layers", "2"], f"--layers: the run in {out} has 1"),
+    ):
+        assert main(["train", "--out", str(out), "--resume", *more]) == 2
+        assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -164,7 +265,7 @@ def test_saving_more_often_changes_nothing(data, tmp_path, uninterrupted):
 @pytest.mark.parametrize("style", ["gpt", "llama"])
 def test_learns_and_leaves_what_can_be_used(tokenizer, style, data, tmp_path, capsys):
     out = tmp_path / "run"
-    more = ["--tokenizer", tokenizer, "--vocab", "270", "--style", style, "--json"]
+    more = ["--tokenizer", tokenizer, "--style", style, "--json"] + ["--vocab", "270"] * (tokenizer == "bpe")
     assert main(arguments(data, out, *more, steps=60)) == 0
     results = json.loads(capsys.readouterr().out)
     tokens = text.load(out / "tokenizer.json")
@@ -291,6 +392,11 @@ def test_lines_where_rich_is_missing(data, tmp_path, capsys, monkeypatch):
         (["--steps", "0"], "argument --steps: expected a whole number of at least 1, got '0'"),
         (["--steps", "many"], "argument --steps: invalid count value: 'many'"),
         (["--minutes", "1"], "argument --minutes: not allowed with argument --steps"),
+        (["--threads", "1000000"], "argument --threads: expected at most "),
+        (["--seed", str(2**64)], "argument --seed: expected a whole number below 2**64"),
+        (["--vocab", "300"], "--vocab 300: the vocabulary of --tokenizer bytes has a size of its own"),
+        (["--prompt", "\udcff"], "--prompt '\\udcff' is not UTF-8 text"),
+        (["--data", os.devnull], f"{os.devnull} is not a regular file but a pipe or a device"),
         (["--lr", "nan"], "argument --lr: expected a number above 0, got 'nan'"),
         (["--seed", "-1"], "argument --seed: expected a whole number of at least 0, got '-1'"),
         (["--save-every", "-1"], "argument --save-every: expected a number of seconds, got '-1'"),
@@ -317,6 +423,12 @@ def test_what_cannot_be_done_is_said_on_one_line(more, told, data, tmp_path, cap
     [
         ([], "holds a run at step 12 of 12: give --resume to go on, --overwrite to start anew, or another --out"),
         (["--resume", "--layers", "2"], "--layers: the run in"),
+        (["--resume", "--heads", "3"], "--heads: the run in"),
+        (["--resume", "--vocab", "4096"], "--vocab 4096: the vocabulary of --tokenizer bytes has a size of its own"),
+        (["--overwrite", "--seed", str(2**64)], "argument --seed: expected"),
+        (["--overwrite", "--heads", "3"], "--width 128 is not a multiple of --heads 3"),
+        (["--overwrite", "--data", "nowhere"], "nowhere: No such file or directory"),
+        (["--overwrite", "--data", __file__, "--seq", "100000"], "fewer than --seq 100000 needs"),
         (["--resume", "--data", "docs"], "--data: the run in"),
         (["--resume", "--steps", "13"], "--steps: the run in"),
     ],
@@ -324,11 +436,96 @@ def test_what_cannot_be_done_is_said_on_one_line(more, told, data, tmp_path, cap
 def test_run_that_is_there_is_kept(more, told, data, tmp_path, capsys):
     out = tmp_path / "run"
     main(arguments(data, out))
-    before = checkpoint(out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert sorted(before) == ["checkpoint.safetensors", "model.safetensors", "run.json", "tokenizer.json"]
     capsys.readouterr()
     assert main(["train", "--out", str(out), *more]) == 2
     assert told in capsys.readouterr().err
-    assert checkpoint(out) == before
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_run_goes_on_with_its_own_options(data, tmp_path, capsys):
+    own = ["--width", "90", "--heads", "3"]
+    assert main([*arguments(data, tmp_path / "run", steps=1), *own]) == 0
+    for option, value in (("--heads", "3"), ("--width", "90"), ("--steps", "1")):
+        assert main(["train", "--out", str(tmp_path / "run"), "--resume", option, value, "--sample-tokens", "0"]) == 0
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "run.json"])
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_what_is_no_run_is_not_destroyed(name, more, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / name).write_text("mine")
+    assert main(arguments(data, out, *more)) == 2
+    told = capsys.readouterr().err
+    assert name in told
+    assert "--overwrite" in told
+    assert (out / name).read_text() == "mine"
+    assert len(list(out.iterdir())) == 1
+    assert main(arguments(data, out, "--overwrite")) == 0
+
+
+def test_only_what_a_killed_save_left_is_cleared_away(data, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    mine = [".notes.tmp", ".checkpoint.safetensors.tmp", ".other.0123456789ab.tmp", ".tokenizer.json.0123456789abc.tmp"]
+    left = [f".{name}.0123456789ab.tmp" for name in ("tokenizer.json", "model.safetensors", "checkpoint.safetensors")]
+    for name in mine + left:
+        (out / name).touch()
+    assert main(arguments(data, out)) == 0
+    assert sorted(path.name for path in out.glob(".*")) == sorted(mine)
+
+
+def test_second_run_in_the_folder_is_refused(data, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    step, told = training.Trainer.step, []
+
+    def another_starts(self):
+        for more in ([], ["--resume"], ["--overwrite"]):
+            assert main(["train", "--out", str(out), *more]) == 2
+            told.append(capsys.readouterr().err)
+        return step(self)
+
+    monkeypatch.setattr(training.Trainer, "step", another_starts)
+    assert main(arguments(data, out, steps=1)) == 0
+    assert len(told) == 3
+    for line in told:
+        assert f"another `mlsys train` (pid {os.getpid()}) is at work in {out}" in line.splitlines()[-1]
+    assert not list(out.glob(".*"))
+
+
+def test_full_disk_names_the_file_and_what_is_safe(data, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    save = training.Trainer.save
+
+    def full(self, path):
+        if self.done:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(self, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training.Trainer, "save", full)
+        assert main(arguments(data, out, "--save-every", "0")) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(
+        f"mlsys: {out / 'checkpoint.safetensors'}: No space left on device; the checkpoint of step 0 "
+    )
+    assert f"is intact; to go on from it: mlsys train --out {out} --resume" in told
+    assert resumed(out, capsys)[0]
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_what_stdout_cannot_show_does_not_end_the_run(more, data, tmp_path, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", stdout)
+        assert main(arguments(data, tmp_path / "rún", "--prompt", "the é", *more)) == 0
+    printed = stdout.buffer.getvalue().decode()
+    if more:
+        assert json.loads(printed)["sample"].startswith("the é")
+    else:
+        assert "\n  the ?" in printed
 
 
 def test_changed_text_is_noticed(data, tmp_path, capsys):

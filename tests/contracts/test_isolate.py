@@ -1,5 +1,11 @@
 """Code that loops, dies, exits, hoards or leaves children behind is reported, and nothing of it remains."""
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import psutil
@@ -8,6 +14,7 @@ import pytest
 from mlsys.contracts.isolate import COOKIE, check_isolated
 
 TOY = f"{Path(__file__).with_name('toy.py')}:SOFTMAX"
+OURS = f"MLSYS_TEST_{os.getpid()}"  # others may be testing on this machine
 RIGHT = """
     import numpy as np
     def softmax(x, *, temperature=1.0):
@@ -17,8 +24,10 @@ RIGHT = """
 
 
 @pytest.fixture
-def judge(tmp_path):
+def judge(tmp_path, monkeypatch):
     """The verdict on a function `softmax` with this source."""
+
+    monkeypatch.setenv(OURS, "1")
 
     def run(source, **settings):
         lines = source.strip("\n").splitlines()
@@ -137,11 +146,11 @@ def test_arguments_and_standard_input_tell_nothing(judge):
 
 
 def carriers():
-    """Living processes that a check has started."""
+    """Living processes that a check of ours has started: what it starts has our environment."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.status() != psutil.STATUS_ZOMBIE and COOKIE in process.environ():
+            if process.status() != psutil.STATUS_ZOMBIE and {COOKIE, OURS} <= process.environ().keys():
                 found.append(process)
         except psutil.Error:
             continue
@@ -155,6 +164,46 @@ def test_nothing_is_left_of_what_the_code_started(judge, session, ends):
     assert not carriers()
     assert not judge(body(start, ends), limit_s=1.0 if "while" in ends else 30.0).passed
     assert not carriers()
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM] + [signal.SIGKILL] * (sys.platform == "linux"))
+def test_nothing_is_left_when_the_checker_itself_is_killed(tmp_path, how):
+    # SIGTERM leaves time to find what left the group; of SIGKILL only the child itself hears
+    start = "subprocess.Popen(['sleep', '600'], start_new_session=True, pass_fds=[line.fileno()])"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(60)
+        source = f"""
+            import socket, subprocess, time
+            line = socket.create_connection({server.getsockname()})
+            {start if how == signal.SIGTERM else ""}
+            line.send(b"here")
+            while True:
+                time.sleep(1)
+        """
+        (tmp_path / "mine.py").write_text(textwrap.dedent(source))
+        checker = "import sys; from mlsys.contracts.isolate import check_isolated; check_isolated(*sys.argv[1:])"
+        with subprocess.Popen([sys.executable, "-c", checker, TOY, f"{tmp_path / 'mine.py'}:f"]) as process:
+            line, _ = server.accept()
+            with line:
+                line.settimeout(60)
+                assert line.recv(4) == b"here"
+                process.send_signal(how)
+                assert process.wait(60) == (128 + how if how == signal.SIGTERM else -how)
+                assert line.recv(1) == b""  # closed by the last that held it, before the minute is over
+
+
+def test_ones_own_handler_of_sigterm_is_left_alone(judge):
+    def mine(number, frame):
+        raise AssertionError
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        assert judge(RIGHT).passed
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert judge(RIGHT).passed
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_fork_that_comes_back_does_not_answer(judge):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import sysconfig
@@ -111,6 +112,8 @@ def test_what_is_no_text_is_named(tmp_path):
         text.corpus([tmp_path / "x" / "same", tmp_path / "same"])
     with pytest.raises(FileNotFoundError):
         text.corpus(tmp_path / "none")
+    with pytest.raises(ValueError, match="is not a regular file but a pipe or a device"):
+        text.corpus(os.devnull)
 
 
 # --- the split --------------------------------------------------------------------------------------------------------
@@ -156,13 +159,24 @@ def test_a_single_file_is_cut_at_a_line():
     assert train[0].name != held[0].name
 
 
+@pytest.mark.parametrize("mark", ["", " "])
+@pytest.mark.parametrize("heading", ["", "heading\n"])
+def test_a_single_file_of_one_long_line_is_cut_all_the_same(mark, heading):
+    line = heading + f"word{mark}" * 1000
+    train, held = text.split([File("book", line)], 0.2)
+    assert train[0].text + held[0].text == line
+    assert len(held[0].text) / len(line) == pytest.approx(0.2, abs=0.01)
+    assert not mark or train[0].text.endswith(mark)
+    assert [file[0].text for file in text.split([File("x", "ab")], 0.01)] == ["a", "b"]
+
+
 def test_split_that_cannot_be_made_is_refused():
     with pytest.raises(ValueError, match="fraction=1"):
         text.split(PROSE, 1)
     with pytest.raises(ValueError, match="there are none"):
         text.split([])
     with pytest.raises(ValueError, match="'x', is too short"):
-        text.split([File("x", "one line only")])
+        text.split([File("x", "a")])
 
 
 def test_size_counts_bytes_and_ends():

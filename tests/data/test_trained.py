@@ -28,7 +28,7 @@ def recipe(tmp_path):
 @pytest.fixture
 def get(tmp_path):
     def call(recipe, **options):
-        return trained.trained(recipe, cache_dir=tmp_path / "cache" / "trained", **options)
+        return trained.trained(recipe, cache_dir=tmp_path / "cache", **options)
 
     return call
 
@@ -108,6 +108,24 @@ def test_folder_that_cannot_be_written_is_done_without(recipe, get, tmp_path, ca
         unkept, _ = trained.trained(recipe, cache_dir=tmp_path / "file")
     assert "cannot keep the model" in caplog.text
     assert same(model, unkept)
+
+
+def test_only_the_folder_that_was_given_is_written_to(recipe, tmp_path, monkeypatch):
+    (tmp_path / "x" / "mine").mkdir(parents=True)
+    trained.trained(recipe, cache_dir=tmp_path / "x" / "mine")
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["mine"]
+    assert sorted(path.name for path in (tmp_path / "x" / "mine").iterdir()) == ["text", "trained"]
+    monkeypatch.chdir(tmp_path / "x" / "mine")
+    monkeypatch.setattr(training.Trainer, "step", None)
+    trained.trained(recipe, cache_dir=".")  # found there, so not trained again
+
+
+def test_global_generator_is_left_as_it_is(recipe, get, tmp_path):
+    (tmp_path / "file").touch()
+    for call in (get, get, lambda recipe: trained.trained(recipe, cache_dir=tmp_path / "file")):  # made, read, not kept
+        before = torch.random.get_rng_state()
+        call(recipe)
+        assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_attention_can_be_chosen(recipe, get):
