@@ -4,6 +4,7 @@ For each module the one function that a course would set, over plain numbers:
 
     perf.roofline         matmul_bound(m, n, k, itemsize, peak, bandwidth) → (seconds, side)
     perf.transformer      parameters(config) → (total, active)
+    perf.activations      block_bytes(batch, seq, d_model, heads, tp, sequence_parallel, recompute) → bytes
     perf.inference        decode(config, parameters, batch, cached, itemsize, kv_itemsize, bandwidth)
                           → (cache_bytes, seconds, tokens_per_second)
     perf.collectives      cost(operation, algorithm, n, size) → (steps, bytes_sent)
@@ -21,6 +22,9 @@ Arguments are passed by position. What each means:
 - **transformer**: `config` has the fields of `mlsys.perf.configs.Config`; without latent attention. Its settings vary
   each on its own: RMSNorm with biases, GELU with rotary positions. Experts have biases where config.bias; a router has
   one, a number for each expert, where config.experts.router_bias. Active is what one token uses, embeddings in full.
+- **activations**: what one block of a GPT keeps for its backward pass on one of `tp` devices: 16 bits, dropout after
+  the softmax, the projection and the MLP. `recompute` is "none", "selective" or "full". With sequence parallelism the
+  input that full recomputation keeps is divided too.
 - **inference**: one step for `batch` sequences with `cached` tokens each; `parameters` are what it reads. The time is
   that of the bytes: weights once, and the whole cache. With config.latent, latent attention.
 - **collectives**: `size` is the bytes of the whole vector (`mlsys.perf.collectives` says of what), `bytes_sent` what
@@ -51,11 +55,19 @@ See also:
 
 from __future__ import annotations
 
-from mlsys.contracts import _perf_checkpointing, _perf_collectives, _perf_device, _perf_model, _perf_parallel
+from mlsys.contracts import (
+    _perf_activations,
+    _perf_checkpointing,
+    _perf_collectives,
+    _perf_device,
+    _perf_model,
+    _perf_parallel,
+)
 
 CONTRACTS = {
     "roofline": _perf_device.ROOFLINE.contract("perf.roofline"),
     "transformer": _perf_model.TRANSFORMER.contract("perf.transformer"),
+    "activations": _perf_activations.ACTIVATIONS.contract("perf.activations"),
     "inference": _perf_model.INFERENCE.contract("perf.inference"),
     "collectives": _perf_collectives.COLLECTIVES.contract("perf.collectives"),
     "zero": _perf_parallel.ZERO.contract("perf.zero"),

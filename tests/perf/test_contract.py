@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mlsys import cli
 from mlsys.contracts import check
+from mlsys.contracts._perf_activations import _block_oracle, _block_plain
 from mlsys.contracts._perf_checkpointing import _again, execute, fewest_runs
 from mlsys.contracts._perf_collectives import PROCEDURES, _collective_oracle, _collective_plain, _Ranks, simulate
 from mlsys.contracts._perf_device import _matmul_oracle, _matmul_plain, _optimal_oracle, _optimal_plain
@@ -98,6 +99,15 @@ STUDENT = dedent("""
         if operation == "broadcast":
             return log, log * size
         return (n - 1 if algorithm in ("ring", "pairwise") else log), share
+
+
+    def activations(batch, seq, d_model, heads, tp, sequence_parallel, recompute):
+        whole = 1 / tp if sequence_parallel else 1
+        sbh = seq * batch * d_model
+        if recompute == "full":
+            return 2 * sbh * whole
+        scores = 5 * heads * seq / (d_model * tp) if recompute == "none" else 0
+        return sbh * (10 * whole + 24 / tp + scores)
 
 
     def zero(parameters, n, stage):
@@ -202,6 +212,7 @@ def test_a_file_with_a_mistake_gets_its_hint_on_the_command_line(tmp_path, capsy
 # --- wrong variants ---------------------------------------------------------------------------------------------------
 
 PLAIN = {
+    "activations": _block_plain,
     "roofline": _matmul_plain,
     "transformer": _parameters_plain,
     "inference": _decode_plain,
@@ -442,6 +453,16 @@ def test_a_simulated_rank_can_do_only_so_much(messages, complaint):
 )
 def test_collectives_counted_by_hand(operation, algorithm, n, steps, sent):
     assert _collective_oracle(operation, algorithm, n, 1200) == (steps, sent)
+
+
+@pytest.mark.parametrize(
+    ("tp", "sequence_parallel", "recompute", "units"),
+    [(1, False, "none", 114), (8, False, "none", 23), (8, True, "none", 14.25), (8, False, "selective", 13)]
+    + [(8, True, "selective", 4.25), (1, False, "full", 2)],
+)
+def test_activations_of_gpt_3(tp, sequence_parallel, recompute, units):
+    # Korthikanti et al. 2022, Table 2 with 5as/h = 80
+    assert _block_oracle(1, 2048, 12288, 96, tp, sequence_parallel, recompute) == (units * 2048 * 12288,)
 
 
 @pytest.mark.parametrize(
