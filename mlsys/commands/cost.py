@@ -17,7 +17,7 @@ EXAMPLES = """examples:
   mlsys cost train --model gpt3 --gpus 1024 --tp 8 --pp 16 --recompute full
   mlsys cost train --model llama-2-7b --gpus 8 --zero 3 --tokens 2e12 --hardware h100
   mlsys cost serve --model llama-3-70b --gpus 4 --batch 32 --context 8192
-  mlsys cost allreduce --ranks 8 --size 64MiB --hardware h100 --latency 5us
+  mlsys cost allreduce --ranks 8 --size 64MiB --hardware h100
   mlsys cost models                                  the names that --model takes
 """
 SIZES = {"": 1, "B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -62,7 +62,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     reduce.add_argument("--size", type=size, default=size("64MiB"), help="of the vector: 4KiB, 64MiB … (default 64MiB)")
     reduce.add_argument("--hardware", default="h100", help="whose link carries it (default %(default)s)")
     reduce.add_argument("--bandwidth", type=size, metavar="BYTES/S", help="instead of the hardware's: 25GB …")
-    reduce.add_argument("--latency", type=duration, default=5e-6, help="of a message: 5us … (default 5us)")
+    reduce.add_argument("--latency", type=duration, help="of a message, instead of the hardware's: 5us …")
     reduce.add_argument("--local", type=int, help="ranks in a node, for the hierarchical one")
 
     models = kinds.add_parser("models", help="the models that --model knows, with their sizes", formatter_class=style)
@@ -156,7 +156,8 @@ def _allreduce(args: argparse.Namespace) -> int:
     from mlsys.perf import sheets
 
     bandwidth = _link_bandwidth(args.hardware) if args.bandwidth is None else args.bandwidth
-    rows = sheets.all_reduce(args.ranks, args.size, args.latency, bandwidth, local=args.local)
+    latency = _link_latency(args.hardware) if args.latency is None else args.latency
+    rows = sheets.all_reduce(args.ranks, args.size, latency, bandwidth, local=args.local)
     if args.json:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False))
@@ -165,7 +166,7 @@ def _allreduce(args: argparse.Namespace) -> int:
 
     print(
         f"all-reduce of {quantity(args.size, 'B')} over {args.ranks} ranks; "
-        f"α = {quantity(args.latency, 's')} a message, 1/β = {quantity(bandwidth, 'B/s')}; time = steps·α + bytes·β\n"
+        f"α = {quantity(latency, 's')} a message, 1/β = {quantity(bandwidth, 'B/s')}; time = steps·α + bytes·β\n"
     )
     table = [
         {
@@ -195,6 +196,15 @@ def _link_bandwidth(name: str) -> float:
     if found.link is None:
         raise UsageError(f"{found.name} has no link on record; give --bandwidth")
     return found.link.bandwidth
+
+
+def _link_latency(name: str) -> float:
+    from mlsys.perf import hardware
+
+    found = hardware.find(name)
+    if found.link is None or found.link.latency is None:
+        raise UsageError(f"no latency of a link of {found.name} is on record; give --latency")
+    return found.link.latency
 
 
 def _models(args: argparse.Namespace) -> int:

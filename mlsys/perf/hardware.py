@@ -63,7 +63,7 @@ class Link:
     """How a device reaches others.
 
     bandwidth: bytes/s out of one device, one direction, all its ports together.
-    latency:   seconds until a first byte arrives; None where nobody publishes it, which is the rule.
+    latency:   seconds that a message takes beside its bytes, software included; None where nobody publishes it.
     source:    where the bandwidth is printed, and what was halved or divided to get it.
     """
 
@@ -141,8 +141,19 @@ def _from(source: str, *names: str) -> dict[str, str]:
     return dict.fromkeys(names, source)
 
 
+# No data sheet prints a latency. NCCL's tuner has to assume one for each kind of link: of a step of a ring, with the
+# protocol for large messages (for small ones 0.6 and 2.7 µs, at a fraction of the bandwidth).
+NCCL_TUNER = "NVIDIA 2024, NCCL 2.20.3, src/graph/tuning.cc, hwLat, ring, Simple"
+NVLINK_LATENCY, NETWORK_LATENCY = 3.4e-6, 14e-6
+
+
 def _nvlink(generation: int, both_directions: float, source: str) -> Link:
-    return Link(f"NVLink {generation}", both_directions / 2, source=f"{source}: half of the bidirectional figure")
+    return Link(
+        f"NVLink {generation}",
+        both_directions / 2,
+        latency=NVLINK_LATENCY,
+        source=f"{source}: half of the bidirectional figure; latency: {NCCL_TUNER}",
+    )
 
 
 def _adapters(each_bits: float, adapters: int, devices: int, source: str) -> Link:
@@ -150,7 +161,8 @@ def _adapters(each_bits: float, adapters: int, devices: int, source: str) -> Lin
     return Link(
         f"{adapters} × {each_bits / 1e9:.0f} Gb/s for {devices} devices",
         each_bits / 8 * adapters / devices,
-        source=source,
+        latency=NETWORK_LATENCY,
+        source=f"{source}; latency: {NCCL_TUNER}",
     )
 
 

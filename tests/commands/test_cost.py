@@ -75,6 +75,7 @@ def test_models_are_listed(mlsys):
         (["serve", "--model", "llama-3-70b", "--gpus", "12"], "gpus=12"),
         (["allreduce", "--latency", "soon"], "5us"),
         (["allreduce", "--hardware", "tpu-v1"], "--bandwidth"),
+        (["allreduce", "--hardware", "tpu-v4"], "--latency"),
         (["allreduce", "--ranks", "0"], "n"),
     ],
 )

@@ -129,7 +129,8 @@ def test_links_are_checked():
 
 def test_records_are_plain_values():
     copied = dataclasses.asdict(HARDWARE["h100"])
-    assert copied["link"]["latency"] is None
+    assert copied["link"]["latency"] == 3.4e-6
+    assert copied["network"]["latency"] == 14e-6
     assert copied["peak"]["float8"] == pytest.approx(1978.9e12)
     with pytest.raises(dataclasses.FrozenInstanceError):
         HARDWARE["h100"].bandwidth = 1.0
