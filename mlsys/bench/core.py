@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mlsys.bench import machine as machines
 from mlsys.bench.memory import peak_bytes
 from mlsys.bench.records import Record
-from mlsys.bench.timing import Sample, interleave, ratio
+from mlsys.bench.timing import Everyone, Sample, alone, interleave, ratio
 from mlsys.loading import one_line, raised_at
 
 if TYPE_CHECKING:
@@ -50,15 +50,18 @@ class Work:
 class Impl:
     """One implementation: how to get the function (imported only when it runs), and what it is.
 
-    role:  "reference" (the readable one that others are checked against), "ours", "peer", or "yours".
+    role:  "reference" (the readable one that others are checked against), "ours", "variant" (ours too, but a step on
+           the way: it has a time in the summary, and no columns of its own), "peer", or "yours".
     needs: the module that must be importable, for peers that come with an extra.
     only:  the cases it takes part in.
+    source: "FILE.py:FUNCTION" of the user's, from which other processes can load it too.
     """
 
     load: Callable[[], Callable[..., Any]]
-    role: Literal["reference", "ours", "peer", "yours"]
+    role: Literal["reference", "ours", "variant", "peer", "yours"]
     needs: str | None = None
     only: Callable[[Case], bool] = lambda case: True
+    source: str | None = None
 
     @property
     def missing(self) -> str | None:
@@ -72,13 +75,14 @@ class Impl:
 class Plot:
     """What the picture shows: `y` over `x`, one panel for each value of `panel`; a time is divided by case[`per`].
 
-    "roofline" puts every case under the roof of its machine instead, and needs no `x`.
+    "speedup" is the fastest peer's time over this one's, as far as neither is noise; "roofline" puts every case under
+    the roof of its machine instead, and needs no `x`.
     """
 
     x: str = ""
     xlabel: str = ""
     panel: tuple[str, ...] = ()
-    y: Literal["time", "memory", "throughput", "roofline"] = "time"
+    y: Literal["time", "speedup", "memory", "throughput", "roofline"] = "time"
     per: str | None = None
     only: Callable[[Case], bool] = lambda case: True
 
@@ -93,10 +97,16 @@ class Benchmark:
     work:     (case, inputs) → Work.
     impls:    name → Impl, exactly one of them the reference.
     subject:  the implementation that the summary is about.
-    prepare:  (function, case, inputs) → a call without arguments: what is timed.
+    prepare:  (function, case, inputs) → a call without arguments: what is timed. One that works in place has a method
+              `reset`, which is called before each sample and each further check, and is in no time.
+    yours:    the cases that a user's function takes part in: it need not do all that ours do.
     verify:   (case, inputs, got, want) → (error, largest error allowed).
     figures:  (case, inputs, prepared call's result) → further figures, such as recall.
+    series:   the same → what is no single number, such as a loss curve: lists that JSON can hold.
+    ranks:    case → on how many processes it runs together (None: in this one); see `mlsys.bench.ranks`.
     contract: the contract that a `--impl` must pass before it is timed.
+    memory:   whether to measure the peak memory of a call.
+    plots:    what the pictures show; `pictures` are further ones: name → (records → SVG, or None with nothing to draw).
     stateful: whether a call goes on from the last, as training steps do; else each gives the same result. Then the
               n-th call of one is verified against the n-th of the reference, and no call is repeated in a sample.
     """
@@ -110,10 +120,14 @@ class Benchmark:
     prepare: Callable[[Callable[..., Any], Case, Any], Callable[[], Any]]
     verify: Callable[[Case, Any, Any, Any], tuple[float, float]]
     figures: Callable[[Case, Any, Any], dict[str, float]] = lambda case, inputs, got: {}
+    series: Callable[[Case, Any, Any], dict[str, list[Any]]] = lambda case, inputs, got: {}
+    yours: Callable[[Case], bool] = lambda case: True
+    ranks: Callable[[Case], int] | None = None
     contract: str | None = None
     stateful: bool = False
     memory: bool = False
     plots: Sequence[Plot] = field(default_factory=tuple)
+    pictures: Mapping[str, Callable[[Sequence[Record]], str | None]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -134,9 +148,10 @@ class Benchmark:
 
         sys.exit(main(["bench", self.name, *sys.argv[1:]]))
 
-    def with_impl(self, name: str, function: Callable[..., Any]) -> Benchmark:
-        """The same benchmark with one more implementation, the user's."""
-        return dataclasses.replace(self, impls={**self.impls, name: Impl(lambda: function, "yours")})
+    def with_impl(self, name: str, function: Callable[..., Any], source: str | None = None) -> Benchmark:
+        """The same benchmark with one more implementation, the user's; on ranks they load it from its `source`."""
+        mine = Impl(lambda: function, "yours", only=self.yours, source=source)
+        return dataclasses.replace(self, impls={**self.impls, name: mine})
 
     def with_peers(self, wanted: Sequence[str]) -> Benchmark:
         """The same benchmark with only these peers; `["none"]` leaves none. ValueError for a peer it has not."""
@@ -198,8 +213,13 @@ def run_case(
     `watch` is told whose code runs next, before each sample and outside the time that is taken.
     """
     announce(f"{bench.name}  {describe(case)}")
+    if bench.ranks is not None:
+        from mlsys.bench import ranks
+
+        return ranks.run_case(bench, case, settings, announce=announce, watch=watch)
     with machines.threads(settings.n_threads):
-        return _run_case(bench, case, settings, announce, watch)
+        limits = limits_for(case, settings)
+        return measure(bench, case, settings, blank(bench, case, settings), limits, announce, watch)
 
 
 def describe(case: Case) -> str:
@@ -227,6 +247,21 @@ def blank(bench: Benchmark, case: Case, settings: Settings) -> Record:
     )
 
 
+def limits_for(case: Case, settings: Settings, n_threads: int | None = None) -> machines.Limits | None:
+    """What this machine can do with a case's dtype and so many threads; None where nothing is timed."""
+    if settings.smoke:
+        return None
+    return machines.limits(case.get("dtype", "float32"), n_threads or settings.n_threads, settings.device)
+
+
+class RaisedOnRank(Exception):
+    """On one of several ranks the user's function raised: the others wait for it in vain, so that all have to end."""
+
+    def __init__(self, name: str, note: str) -> None:
+        super().__init__(name, note)
+        self.name, self.note = name, note
+
+
 class _Refused(Exception):
     """An implementation is out of this case: as what, and why, for its record."""
 
@@ -235,27 +270,27 @@ class _Refused(Exception):
         self.name, self.status, self.note, self.error = name, status, note, error
 
 
-def _run_case(
+def measure(
     bench: Benchmark,
     case: Case,
     settings: Settings,
+    base: Record,
+    limits: machines.Limits | None,
     announce: Callable[[str], None],
     watch: Callable[[str], None],
+    everyone: Everyone = alone,
 ) -> list[Record]:
-    device, smoke = settings.device, settings.smoke
-    inputs = bench.inputs(case, device)
+    """The case in this process, and perhaps in others with it, which `everyone` reaches: `base` and what is found."""
+    inputs = bench.inputs(case, settings.device)
     work = bench.work(case, inputs)
-    limits = None if smoke else machines.limits(case.get("dtype", "float32"), settings.n_threads, device)
-    base = dataclasses.replace(
-        blank(bench, case, settings), flops=work.flops, bytes=work.bytes, items=work.items, unit=work.unit
-    )
+    base = dataclasses.replace(base, flops=work.flops, bytes=work.bytes, items=work.items, unit=work.unit)
     records: dict[str, Record] = {}
-    at_work = _AtWork(bench, case, device, watch, inputs)
+    at_work = _AtWork(bench, case, settings.device, watch, inputs, everyone)
 
     def refuse(why: _Refused) -> None:
         at_work.refuse(why.name)
         records[why.name] = dataclasses.replace(
-            records[why.name], status=why.status, note=why.note, error=why.error, figures={}
+            records[why.name], status=why.status, note=why.note, error=why.error, figures={}, series={}
         )
         how = "is wrong" if why.status == "wrong" else "failed"
         announce(f"{bench.name}  {why.name} {how}, so there is no time for it: {why.note}")
@@ -270,11 +305,11 @@ def _run_case(
             records[name] = dataclasses.replace(records[name], status="missing", note=impl.missing)
             continue
         try:
-            error, figures = at_work.start(name)
-            records[name] = dataclasses.replace(records[name], error=error, figures=figures)
+            error, figures, series = at_work.start(name)
+            records[name] = dataclasses.replace(records[name], error=error, figures=figures, series=series)
         except _Refused as why:
             refuse(why)
-    if smoke:
+    if settings.smoke:
         return list(records.values())
 
     assert limits is not None
@@ -296,7 +331,7 @@ def _run_case(
             ratio_to_reference=_ratio(samples, name, bench.reference),
             ratio_to_peer=_ratio(samples, name, peer),
             peer=peer,
-            share=limits.seconds(work.flops, work.bytes) / sample.median,
+            share=limits.seconds(work.flops, work.bytes) / sample.median if work.flops or work.bytes else None,
             bound="compute" if work.flops / limits.flops >= work.bytes / limits.bandwidth else "memory",
             limit_flops=limits.flops,
             limit_bandwidth=limits.bandwidth,
@@ -309,6 +344,11 @@ def _ratio(samples: Mapping[str, Sample], name: str, other: str | None) -> float
     return None if other is None or other not in samples else ratio(samples[name], samples[other])
 
 
+def _reset(call: Callable[[], Any]) -> Callable[[], None] | None:
+    """What puts the values back that a call in place works on; None for one that leaves its inputs as they are."""
+    return getattr(call, "reset", None)
+
+
 @dataclass
 class _AtWork:
     """A case while it is measured: its inputs, who is ready to run on them, and an eye on the user's functions."""
@@ -318,13 +358,14 @@ class _AtWork:
     device: str
     watch: Callable[[str], None]
     inputs: Any
+    everyone: Everyone = alone
     calls: dict[str, Callable[[], Any]] = field(default_factory=dict)
     want: Any = None  # the reference's result
     snapshot: Snapshot | None = None  # of the inputs, made when someone else's function is about to get them
     surroundings: Surroundings | None = None
 
-    def start(self, name: str) -> tuple[float, dict[str, float]]:
-        """Prepare it and call it once: its error, which is small enough, and figures. From now on it is in `calls`."""
+    def start(self, name: str) -> tuple[float, dict[str, float], dict[str, list[Any]]]:
+        """Prepare it and call it once: its error, which is small enough, figures and series. From now in `calls`."""
         from mlsys.bench.suspect import Snapshot, Surroundings, finished  # torch, which reading records does without
 
         if self._suspect(name) and self.snapshot is None:
@@ -333,14 +374,15 @@ class _AtWork:
             call = self._prepared(name)
             got = call()
         if name == self.bench.reference:
-            self.want = got
+            self.want = finished(got) if _reset(call) else got  # in place, the next call writes over it
         result = finished(got) if self._suspect(name) else got
         self._undisturbed(name)
         error = self._error(name, result, self.want)
         with self._blaming(name):
             figures = self.bench.figures(self.case, self.inputs, got)
+            series = self.bench.series(self.case, self.inputs, got)
         self.calls[name] = call
-        return error, figures
+        return error, figures, series
 
     def refuse(self, name: str) -> None:
         """It takes no further part, and what it has changed is put back."""
@@ -351,8 +393,10 @@ class _AtWork:
 
     def time(self, budget_s: float) -> tuple[dict[str, Sample], dict[str, int]]:
         """Times and peak memory of all in `calls`, and a second look at the results and doings of the user's."""
+        from mlsys.bench.suspect import finished
+
         suspects = [name for name in self.calls if self._suspect(name)]
-        kept = dict.fromkeys(suspects)
+        kept = dict.fromkeys(name for name in suspects if not _reset(self.calls[name]))
         if self.bench.stateful and suspects:  # the reference's result of the very same round is what theirs should be
             kept[self.bench.reference] = None
             for name in self.calls:  # from the start, for after a refusal some have been called more often than others
@@ -363,6 +407,8 @@ class _AtWork:
         def before(name: str) -> None:
             turn[0] = name
             self.watch(name)
+            if reset := _reset(self.calls[name]):
+                reset()
 
         with self._blaming(turn):
             samples = interleave(
@@ -372,16 +418,22 @@ class _AtWork:
                 device=self.device,
                 before=before,
                 keep=kept,
+                everyone=self.everyone,
             )
         for name in suspects:
             self._undisturbed(name)
             want = kept[self.bench.reference] if self.bench.stateful else self.want
-            self._error(name, kept[name], want, "while it was timed: ")
+            if name in kept:
+                self._error(name, kept[name], want, "while it was timed: ")
+            else:
+                with self._blaming(name):
+                    again = finished(self._again(name))
+                self._error(name, again, want, "after it was timed: ")
             self._not_remembered(name)
         peaks = {}
         for name, call in self.calls.items() if self.bench.memory else ():
             with self._blaming(name):
-                peaks[name] = peak_bytes(call, self.device)
+                peaks[name] = max(self.everyone(peak_bytes(call, self.device)))
         return samples, peaks
 
     def _not_remembered(self, name: str) -> None:
@@ -401,6 +453,8 @@ class _AtWork:
 
     def _again(self, name: str) -> Any:
         """One more result from the same inputs; where it depends on earlier calls, that of a first one."""
+        if reset := _reset(self.calls[name]):
+            reset()
         return self._prepared(name)() if self.bench.stateful else self.calls[name]()
 
     def _prepared(self, name: str) -> Callable[[], Any]:
@@ -411,13 +465,19 @@ class _AtWork:
         """The error of a result, if that is small enough."""
         from mlsys.bench.suspect import unfinished
 
-        if self._suspect(name) and (odd := unfinished(got, want)):
+        if self._suspect(name) and (odd := self._any(unfinished(got, want))):
             raise _Refused(name, "wrong", when + odd)
         with self._blaming(name):
-            error, allowed = self.bench.verify(self.case, self.inputs, got, want)
-        if not error <= allowed:
+            mine, allowed = self.bench.verify(self.case, self.inputs, got, want)
+        # The worst of all: of those that are too large, else of those that are not; and a NaN is the largest.
+        bad, _, error, allowed = max(self.everyone((not mine <= allowed, mine != mine, mine, allowed)))
+        if bad:
             raise _Refused(name, "wrong", f"{when}error {error:.3g} is above the {allowed:.2g} allowed", error)
-        return error
+        return float(error)
+
+    def _any(self, what: str | None) -> str | None:
+        """What was found, here or by another rank: all of them come to the same end."""
+        return next(filter(None, self.everyone(what)), None)
 
     def _undisturbed(self, name: str) -> None:
         """What the user's function shares with the others must be as it was."""
@@ -425,10 +485,10 @@ class _AtWork:
             return
         assert self.snapshot is not None
         assert self.surroundings is not None
-        if what := self.surroundings.changed():
+        if what := self._any(self.surroundings.changed()):
             raise _Refused(name, "wrong", f"changed {what}, for the others too")
-        if self.snapshot.changed():
-            raise _Refused(name, "wrong", "modified its inputs in place")
+        if what := self._any("modified its inputs in place" if self.snapshot.changed() else None):
+            raise _Refused(name, "wrong", what)
 
     def _suspect(self, name: str) -> bool:
         return self.bench.impls[name].role == "yours"
@@ -449,4 +509,6 @@ class _AtWork:
             file = source_file(self.bench.impls[culprit].load())
             where = raised_at(error, file) if file else None
             note = f"raised {one_line(error)}" + (f", at {where}" if where else "")
+            if self.everyone is not alone:
+                raise RaisedOnRank(culprit, note) from error
             raise _Refused(culprit, "failed", note) from error

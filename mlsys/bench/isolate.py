@@ -156,7 +156,7 @@ def _measure(spec: dict[str, Any], send: Callable[..., None]) -> None:
     if settings.device == "cpu":
         isolate.limit_memory(spec["memory_bytes"])
     send("turn", name=YOURS)
-    bench = bench.with_impl(YOURS, loading.load_function(spec["target"]))
+    bench = bench.with_impl(YOURS, loading.load_function(spec["target"]), spec["target"])
     send("turn", name="")
     for case in spec["cases"]:
         records = core.run_case(

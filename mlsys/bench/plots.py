@@ -29,7 +29,12 @@ FILLS = ("full", "none", "left", "right", "bottom", "top")
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--")
 STYLES = len(COLOURS)
 HEADINGS = ("roofs, and the fill of the points under each", "roofs", "implementations")  # of the roofline's key
-YLABELS = {"time": "time per {per} (ms)", "memory": "peak memory (MiB)", "throughput": "throughput"}
+YLABELS = {
+    "speedup": "times as fast as the fastest peer",
+    "time": "time per {per} (ms)",
+    "memory": "peak memory (MiB)",
+    "throughput": "throughput",
+}
 
 
 def new_figure(columns: int, rows: int = 1, width: float = 4.6, height: float = 3.6) -> tuple[Figure, list[Axes]]:
@@ -66,6 +71,8 @@ def draw(plot: Plot, records: Sequence[Record]) -> str | None:
 def _value(plot: Plot, record: Record) -> float | None:
     if plot.y == "memory":
         return None if record.peak_bytes is None else record.peak_bytes / 2**20
+    if plot.y == "speedup":
+        return 1 / record.ratio_to_peer if record.ratio_to_peer else None
     if record.seconds is None:
         return None
     if plot.y == "throughput":
@@ -105,7 +112,9 @@ def _lines(plot: Plot, records: Sequence[Record], names: Sequence[str]) -> str:
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ticks = sorted({r.case[plot.x] for r in group})
-        ax.set_xticks(ticks, [str(t) for t in ticks])
+        ax.set_xticks(ticks, [_size(t) if plot.x == "bytes" else str(t) for t in ticks])
+        if len(ticks) > 6:
+            ax.tick_params("x", labelsize=8, rotation=45)
         room = max(2.1, (ticks[-1] / ticks[0]) ** 0.25)  # for the names at the ends of the lines
         ax.set_xlim(ticks[0] / 1.15, ticks[-1] * room)
         _label_decades(ax)
@@ -113,10 +122,16 @@ def _lines(plot: Plot, records: Sequence[Record], names: Sequence[str]) -> str:
         ax.set(
             title=title, xlabel=plot.xlabel, ylabel=YLABELS[plot.y].format(per=(plot.per or "call").removesuffix("s"))
         )
-        _name_lines(ax, ends)
+        name_lines(ax, ends)
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
     return to_svg(figure)
+
+
+def _size(n: int) -> str:
+    """A number of bytes, in as few letters as a tick has room for: `64K`."""
+    power = next((p for p in (3, 2, 1) if n >= 1024**p), 0)
+    return f"{n / 1024**power:g}{' KMG'[power].strip()}"
 
 
 def _label_decades(ax: Axes) -> None:
@@ -130,7 +145,7 @@ def _label_decades(ax: Axes) -> None:
     ax.minorticks_off()
 
 
-def _name_lines(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+def name_lines(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     """Write each line's name at its end, moved apart where the ends are close, and within the frame."""
     low, high = (math.log(v) for v in ax.get_ylim())
     gap = (high - low) * 0.07
@@ -209,6 +224,7 @@ def roofs(records: Sequence[Record]) -> list[tuple[Roof, list[Record]]]:
     bandwidths: dict[str, float] = {}
     for r in timed:
         where = f"{r.threads} thread{'s' if r.threads > 1 else ''}" if r.device == "cpu" else r.device
+        where = f"{r.ranks} ranks of {where}" if r.ranks > 1 else where
         where = f"{where}, {r.machine.get('slug')}" if several else where
         groups.setdefault((r.case.get("dtype", "float32"), where), []).append(r)
         bandwidths[where] = max(bandwidths.get(where, 0.0), r.limit_bandwidth or 0.0)

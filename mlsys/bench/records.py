@@ -22,6 +22,8 @@ class Record:
     seconds:  median of `runs` runs, with the quartiles; None if not timed.
     ratio_to_*: this implementation's time ÷ the other's, median over rounds: below 1 is faster.
     share:    the roofline's lower bound on this machine ÷ the time: 1.0 is the limit.
+    ranks:    the processes that did it together; flops and bytes are of all of them, threads those of each.
+    series:   what is no single number, such as a loss curve: lists of what JSON can hold, for pictures.
     """
 
     benchmark: str
@@ -47,6 +49,8 @@ class Record:
     limit_bandwidth: float | None = None
     peak_bytes: int | None = None
     figures: dict[str, float] = field(default_factory=dict)
+    series: dict[str, list[Any]] = field(default_factory=dict)
+    ranks: int = 1
     device: str = "cpu"
     threads: int = 1
     size: str = "default"

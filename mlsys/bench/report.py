@@ -20,8 +20,10 @@ def question(name: str) -> str:
 
 
 def pictures(name: str, records: Sequence[Record]) -> list[str]:
-    """The benchmark's plots as SVG, those that the records can fill."""
-    return [svg for plot in find.load(name).plots if (svg := plots.draw(plot, records))]
+    """The benchmark's plots and further pictures as SVG, those that the records can fill."""
+    bench = find.load(name)
+    drawn = [plots.draw(plot, records) for plot in bench.plots] + [draw(records) for draw in bench.pictures.values()]
+    return [svg for svg in drawn if svg]
 
 
 def write(records: Sequence[Record], folder: Path) -> Path:

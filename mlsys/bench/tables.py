@@ -82,8 +82,8 @@ def _row_names(records: Sequence[Record]) -> Callable[[Record], str]:
 
 
 def implementations(records: Sequence[Record]) -> list[str]:
-    """The implementations' names: the reference, ours, yours, then peers."""
-    order = {"reference": 0, "ours": 1, "yours": 2, "peer": 3}
+    """The implementations' names: the reference, variants, ours, yours, then peers."""
+    order = {"reference": 0, "variant": 1, "ours": 2, "yours": 3, "peer": 4}
     roles = {r.impl: order.get(r.role, 9) for r in records}
     return sorted(roles, key=lambda name: roles[name])
 
@@ -196,7 +196,7 @@ def where_and_when(records: Sequence[Record]) -> str:
     dates = sorted({r.date for r in records})
     parts = [
         _all(machines),
-        f"{_all(threads)} thread{'s' if threads != [1] else ''}",
+        f"{_all(threads)} thread{'s' if threads != [1] else ''}" + " a rank" * any(r.ranks > 1 for r in records),
         ", ".join(f"{name} {_all(seen)}" for name, seen in versions.items()),
         f"commit {_all(commits)}" if commits else "",
         dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}",

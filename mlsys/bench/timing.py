@@ -7,6 +7,10 @@ rotates from round to round, so that nobody always runs behind the same
 cache-clearing neighbour. A sample with fewer than five runs, or whose
 interquartile range exceeds a fifth of its median, is noisy and yields no ratio.
 
+Where several processes do the work together, they start each sample together
+and its time is that of the slowest; what hangs on a clock or a dice is agreed
+(`everyone`), so that all of them call the same things.
+
 On a GPU, time is taken by events on the stream, with the L2 cache overwritten
 before every run.
 
@@ -26,6 +30,12 @@ from typing import Any
 
 MIN_RUNS = 5
 MAX_SPREAD = 0.20
+Everyone = Callable[[Any], list[Any]]  # a value of this process → those of all that measure together, the same for all
+
+
+def alone(value: Any) -> list[Any]:
+    """The `Everyone` of a process that measures by itself."""
+    return [value]
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,7 @@ def interleave(
     device: str = "cpu",
     before: Callable[[str], None] = lambda name: None,
     keep: MutableMapping[str, Any] | None = None,
+    everyone: Everyone = alone,
 ) -> dict[str, Sample]:
     """Time the implementations in turn until `budget_s` is spent; at least `MIN_RUNS` rounds.
 
@@ -86,6 +97,7 @@ def interleave(
     before: told whose turn it is, outside the time that is taken.
     keep:   for each name in it, the result of one timed run is put there, of the same round for all; which one, is
             drawn at random.
+    everyone: what is agreed with the processes that measure the same with us; returns only when all have called it.
     """
     if max_rounds < MIN_RUNS:
         raise ValueError(f"max_rounds={max_rounds}: at least {MIN_RUNS} are needed for a median worth printing")
@@ -95,23 +107,27 @@ def interleave(
     repeats = {}
     for name, run in runs.items():
         before(name)
-        once, _ = timer(run, 1, False)
+        everyone(None)
+        once = max(everyone(timer(run, 1, False)[0]))
         repeats[name] = 1 if device == "cuda" else max(1, min(max_repeats, round(min_sample_s / max(once, 1e-9))))
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     start = time.perf_counter()
     for done in range(max_rounds):
-        spent = time.perf_counter() - start
+        spent = max(everyone(time.perf_counter() - start))
         noisy = done >= MIN_RUNS and any(Sample(tuple(s)).noisy for s in seconds.values())
         if done >= MIN_RUNS and spent > (2 * budget_s if noisy else budget_s):
             break
-        chosen = dice.randrange(done + 1) == 0  # in the end each round is the one kept with the same chance
+        chosen = everyone(dice.randrange(done + 1) == 0)[
+            0
+        ]  # in the end each round is the one kept with the same chance
         shift = done % len(names)
         for name in names[shift:] + names[:shift]:
             before(name)
             keeping = chosen and name in kept
+            everyone(None)  # they start together
             taken, result = timer(runs[name], repeats[name], keeping)
-            seconds[name].append(taken)
+            seconds[name].append(max(everyone(taken)))
             if keeping:
                 kept[name] = result
     return {name: Sample(tuple(taken)) for name, taken in seconds.items()}

@@ -89,18 +89,24 @@ def run(args: argparse.Namespace) -> int:
     try:
         _measure(plan, args, size, records)
     finally:  # also when a case fails or the user stops: what was measured is printed and saved
-        _print(records, as_json=args.json)
-        if args.save and not args.smoke:
-            from mlsys.bench.records import save
+        if _is_first():
+            _print(records, as_json=args.json)
+            if args.save and not args.smoke:
+                from mlsys.bench.records import save
 
-            for path in save(records, args.results):
-                print(f"saved {path}", file=sys.stderr)
-    if args.report:
+                for path in save(records, args.results):
+                    print(f"saved {path}", file=sys.stderr)
+    if args.report and _is_first():
         from mlsys.bench import report
 
         page = report.write(records, args.report)
         print(f"report: {page.resolve()}")
     return 1 if any(r.status in ("wrong", "failed") for r in records) else 0
+
+
+def _is_first() -> bool:
+    """Whether this process is the one to tell: torchrun runs the same command in each of its processes."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0"
 
 
 def _select(args: argparse.Namespace, known: list[str]) -> list[Benchmark]:
@@ -226,6 +232,9 @@ def _cases(
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
     """(announce, advance): a bar on a terminal, a line per case elsewhere, both on stderr."""
+    if not _is_first():
+        yield (lambda text: None), (lambda: None)
+        return
     if sys.stderr.isatty() and importlib.util.find_spec("rich") is not None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

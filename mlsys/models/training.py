@@ -210,6 +210,9 @@ class Trainer:
 
     stream: the training tokens.
     notes:  anything JSON can hold that should travel in the checkpoint, such as where the text is from.
+
+    Where gradients are from and who updates what is in `make_optimizer`, `gradients` and `update`: on several
+    processes these are other ones, and everything else is the same (`mlsys train --parallel`).
     """
 
     def __init__(
@@ -220,21 +223,33 @@ class Trainer:
         self.batches = Batches(stream, config.batch, config.seq, config.seed)
         self.done = 0
         matrices, vectors = decay_groups(model)
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = self.make_optimizer(
             [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            fused=True,
+            {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": True},
         )
         # AdamW would make these at its first step; made here, a run has the same tensors at every step.
-        for parameter in matrices + vectors:
+        for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
             self.optimizer.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
         self._stream_digest = _stream_digest(stream)
+
+    def make_optimizer(self, groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
+        """AdamW over these groups of the model's parameters."""
+        return torch.optim.AdamW(groups, **options)
+
+    def gradients(self, inputs: Int[Tensor, "b t"], targets: Int[Tensor, "b t"]) -> tuple[float, float]:
+        """Put the clipped gradient of the batch's mean loss where the optimizer reads it: the loss, and its norm."""
+        loss = self.model.loss(inputs.to(self.device), targets.to(self.device))
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        return loss.item(), norm.item()
+
+    def update(self) -> None:
+        """Move the weights by the gradient."""
+        self.optimizer.step()
 
     @property
     def finished(self) -> bool:
@@ -250,27 +265,35 @@ class Trainer:
             raise ValueError(
                 f"all {self.config.steps} steps are done: a longer run is another run, with its own schedule"
             )
-        inputs, targets = self.batches(self.done)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.model.loss(inputs.to(self.device), targets.to(self.device))
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        value = loss.item()
-        if not (math.isfinite(value) and math.isfinite(norm.item())):
+        loss, norm = self.gradients(*self.batches(self.done))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise Diverged(
-                f"step {self.done}: the loss is {value}, the gradient's norm {norm.item()}; "
+                f"step {self.done}: the loss is {loss}, the gradient's norm {norm}; "
                 f"a learning rate below lr={self.config.lr} or a longer warmup may hold"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.done, self.config)
-        self.optimizer.step()
+        self.update()
         self.done += 1
-        return value
+        return loss
+
+    def evaluate(self, stream: Stream, *, windows: int | None = None) -> float:
+        """`evaluate` the model as it is now, on windows as long as those it is trained on."""
+        return evaluate(self.model, stream, self.config.seq, windows=windows)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the checkpoint, all at once: the same bytes for the same state."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors().items()}
-        information = {
+        information = self.information()
+        information["sha256"] = _digest(information, tensors)
+        # One entry: safetensors writes several in an order that changes from process to process.
+        metadata = {"training": json.dumps(information, sort_keys=True)}
+        write_atomic(path, safetensors.torch.save(tensors, metadata=metadata))
+
+    def information(self) -> dict[str, Any]:
+        """What a checkpoint says of the run beside its tensors, for JSON; `Checkpoint.of` reads it."""
+        return {
             "format": FORMAT,
             "done": self.done,
             "config": asdict(self.config),
@@ -278,16 +301,12 @@ class Trainer:
             "stream": self._stream_digest,
             "notes": self.notes,
         }
-        information["sha256"] = _digest(information, tensors)
-        # One entry: safetensors writes several in an order that changes from process to process.
-        metadata = {"training": json.dumps(information, sort_keys=True)}
-        write_atomic(path, safetensors.torch.save(tensors, metadata=metadata))
 
-    def restore(self, checkpoint: Checkpoint, *, exact: bool = True) -> None:
-        """Take over the state of a checkpoint of the same run.
+    def check_same(self, checkpoint: Checkpoint, *, exact: bool = True) -> None:
+        """Refuse a checkpoint of a run with other settings or tokens, and one of another environment if `exact`.
 
-        Raises CheckpointError if the model, the settings or the tokens differ. If what rounding depends on differs
-        (torch's version, threads, device, vector width): CheckpointError too, or a warning if `exact` is false.
+        Raises CheckpointError; of another environment (torch's version, threads, device, vector width), on which
+        rounding depends, it warns if `exact` is false.
         """
         if checkpoint.config != self.config:
             different = [f.name for f in fields(TrainConfig) if _differs(f.name, checkpoint.config, self.config)]
@@ -297,12 +316,11 @@ class Trainer:
                 f"{checkpoint.path} is of a run on other tokens: the text or the tokenizer has changed; start a new run"
             )
         then, now = checkpoint.environment, environment(self.device)
-        changed = [f"{key} {then.get(key)} then, {now[key]} now" for key in now if then.get(key) != now[key]]
-        if changed:
-            problem = f"{checkpoint.path} cannot be continued bit-equally: {'; '.join(changed)}"
-            if exact:
-                raise CheckpointError(f"{problem}; restore them, or resume with exact=False")
-            warnings.warn(problem, stacklevel=2)
+        check_alike(checkpoint, then, now, exact=exact)
+
+    def restore(self, checkpoint: Checkpoint, *, exact: bool = True) -> None:
+        """Take over the state of a checkpoint of the same run; CheckpointError, also as `check_same`, of another."""
+        self.check_same(checkpoint, exact=exact)
         own = self._tensors()
         shapes = {name: tuple(t.shape) for name, t in checkpoint.tensors.items()}
         for name in sorted({*own, *shapes}):
@@ -344,6 +362,16 @@ class Trainer:
         return tensors
 
 
+def check_alike(checkpoint: Checkpoint, then: Mapping[str, Any], now: Mapping[str, Any], *, exact: bool) -> None:
+    """Refuse, or if not `exact` warn of, what rounding depends on and what is not now as it was then."""
+    changed = [f"{key} {then.get(key)} then, {now[key]} now" for key in now if then.get(key) != now[key]]
+    if changed:
+        problem = f"{checkpoint.path} cannot be continued bit-equally: {'; '.join(changed)}"
+        if exact:
+            raise CheckpointError(f"{problem}; restore them, or resume with exact=False")
+        warnings.warn(problem, stacklevel=4)  # of who restores
+
+
 def _differs(name: str, a: TrainConfig, b: TrainConfig) -> bool:
     return bool(getattr(a, name) != getattr(b, name))
 
@@ -363,6 +391,20 @@ class Checkpoint:
     notes: dict[str, Any]
     tensors: Mapping[str, Tensor] = field(repr=False)
 
+    @classmethod
+    def of(cls, path: Path, information: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Checkpoint:
+        """From what `Trainer.information` says, and the tensors."""
+        config = information["config"]
+        return cls(
+            path=path,
+            done=information["done"],
+            config=TrainConfig(**{**config, "betas": tuple(config["betas"])}),
+            environment=information["environment"],
+            stream=information["stream"],
+            notes=information["notes"],
+            tensors=tensors,
+        )
+
 
 def read(path: str | os.PathLike[str]) -> Checkpoint:
     """The checkpoint in a file. FileNotFoundError if there is none; CheckpointError if it is not whole."""
@@ -378,16 +420,7 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"{file} has format {version}, this version reads {FORMAT}; start the run again")
     if _digest(information, tensors) != checksum:
         raise CheckpointError(f"{file} is damaged: its checksum is wrong; start the run again")
-    config = TrainConfig(**{**information["config"], "betas": tuple(information["config"]["betas"])})
-    return Checkpoint(
-        path=file,
-        done=information["done"],
-        config=config,
-        environment=information["environment"],
-        stream=information["stream"],
-        notes=information["notes"],
-        tensors=tensors,
-    )
+    return Checkpoint.of(file, information, tensors)
 
 
 def _metadata(data: bytes) -> dict[str, str]:

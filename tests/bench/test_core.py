@@ -289,7 +289,86 @@ def test_trouble_of_ours_while_timed_is_a_crash(toy):
         run(ours.with_impl("yours", sum), [{"n": 10}], budget_s=0.01)
 
 
+# --- in place ---
+
+
+class Doubling:
+    """Doubles its own copy in place: each call's result differs, unless it is put back."""
+
+    def __init__(self, function, numbers):
+        self.function, self.numbers, self.own = function, numbers, numbers.clone()
+        self.resets = 0
+
+    def __call__(self):
+        self.function(self.own)
+        return self.own
+
+    def reset(self):
+        self.resets += 1
+        self.own.copy_(self.numbers)
+
+
+@pytest.fixture
+def doubling(toy):
+    """A benchmark of that, and the calls that were made for it."""
+    made = []
+
+    def prepare(function, case, numbers):
+        made.append(Doubling(function, numbers))
+        return made[-1]
+
+    def double(numbers):
+        numbers *= 2
+
+    bench = toy(
+        inputs=lambda case, device: torch.arange(1.0, 9.0),
+        work=lambda case, numbers: Work(flops=1, bytes=8),
+        impls={"plain": Impl(lambda: double, "reference"), "peer": Impl(lambda: double, "peer")},
+        prepare=prepare,
+        verify=lambda case, numbers, got, want: (float((got - want).abs().max()), 0.0),
+    )
+    return bench, made
+
+
+def test_what_works_in_place_is_put_back_before_each_sample(doubling):
+    bench, made = doubling
+    rows = run(bench.with_impl("yours", lambda numbers: numbers.add_(numbers)), [{"n": 8}], budget_s=0.0)
+    assert [r.status in ("ok", "noisy") for r in rows] == [True] * 3
+    assert [call.resets > 5 for call in made] == [True] * 3
+
+
+def test_right_in_place_the_first_time_only(doubling):
+    calls = []
+
+    def lazy(numbers):
+        calls.append(1)
+        numbers *= 2 if len(calls) == 1 else 1
+
+    rows = by_name(run(doubling[0].with_impl("yours", lazy), [{"n": 8}], budget_s=0.0))
+    assert (rows["yours"].status, rows["yours"].seconds) == ("wrong", None)
+    assert rows["yours"].note.startswith("after it was timed: error")
+
+
 # --- the rest ---
+
+
+def test_a_users_function_is_only_given_the_cases_that_it_is_for(toy):
+    bench = toy(yours=lambda case: case["n"] > 10).with_impl("yours", sum)
+    rows = run(bench, [{"n": 10}, {"n": 20}], smoke=True)
+    assert [r.case["n"] for r in rows if r.impl == "yours"] == [20]
+
+
+def test_series_stand_in_the_record_unless_it_is_refused(toy):
+    bench = toy(series=lambda case, xs, got: {"sums": [got, got]}).with_impl("yours", lambda xs: sum(xs) + 1)
+    rows = by_name(run(bench, [{"n": 3}], smoke=True))
+    assert rows["loop"].series == {"sums": [3, 3]}
+    assert rows["yours"].series == {}
+
+
+def test_no_work_has_no_share(toy):
+    rows = by_name(run(toy(work=lambda case, xs: Work(flops=0, bytes=0)), [{"n": 3}], budget_s=0.0))
+    assert rows["loop"].seconds > 0
+    assert rows["loop"].share is None
 
 
 def test_smoke_runs_once_and_times_nothing(toy):

@@ -1,8 +1,12 @@
 """Peak memory counts what is alive at once, also inside torch's own kernels."""
 
+import threading
+
+import pytest
 import torch
 
-from mlsys.bench.memory import peak_bytes
+from mlsys.bench import memory
+from mlsys.bench.memory import peak_bytes, used
 
 MB = 2**20
 
@@ -29,3 +33,55 @@ def test_does_not_add_up_what_is_freed():
 def test_inputs_are_not_counted():
     held = torch.ones(MB)
     assert peak_bytes(lambda: held.add_(1)) < 0.1 * MB
+
+
+def test_what_is_kept_is_still_held_whichever_thread_made_or_freed_it():
+    kept = [torch.ones(MB)]
+
+    def other():
+        kept.append(torch.ones(2 * MB))
+        del kept[0]
+
+    def run():
+        kept.append(torch.ones(4 * MB))
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+
+    found = used(run)
+    assert found.held == pytest.approx(20 * MB, rel=0.02)
+    assert found.peak >= found.held
+    assert used(kept.clear).held == pytest.approx(-24 * MB, rel=0.02)
+
+
+def test_the_most_is_seen_although_it_is_freed(monkeypatch):
+    seen = threading.Event()
+    count = memory.allocated_bytes
+
+    def counted():
+        now = count()
+        if threading.current_thread() is not threading.main_thread():
+            seen.set()
+        return now
+
+    def run():
+        large = torch.ones(4 * MB)
+        seen.clear()
+        seen.wait()
+        seen.clear()
+        seen.wait()  # one that began after the first
+        del large
+
+    monkeypatch.setattr(memory, "allocated_bytes", counted)
+    found = used(run)
+    assert found.peak >= 15.9 * MB
+    assert found.held < MB
+
+
+def test_where_the_c_library_does_not_count_resident_memory_is_taken(monkeypatch):
+    monkeypatch.setattr(memory, "_mallinfo", lambda: None)
+    before = memory.allocated_bytes()
+    assert before > 10 * MB
+    held = torch.ones(16 * MB)
+    assert memory.allocated_bytes() - before > 32 * MB
+    assert held[0] == 1

@@ -1,10 +1,11 @@
 """Records survive a round trip, newer replaces older, and a damaged file is refused and left as it was."""
 
 import dataclasses
+import json
 
 import pytest
 
-from mlsys.bench.records import Record, read, save
+from mlsys.bench.records import Record, from_json, read, save
 
 HERE = {
     "slug": "toy-machine",
@@ -37,6 +38,15 @@ def test_round_trip(tmp_path):
     (path,) = save([record(), record(n=2, figures={"recall@10": 0.9})], tmp_path)
     assert path == tmp_path / "toy-machine" / "toys.sums.jsonl"
     assert read(path) == [record(), record(n=2, figures={"recall@10": 0.9})]
+
+
+def test_series_are_kept_as_they_are_and_older_records_have_none(tmp_path):
+    spans = {"losses": [2.5, 2.25], "spans": [[0, "compute", "step", 0.5, 1.0]]}
+    (path,) = save([record(series=spans, ranks=2)], tmp_path)
+    assert read(path)[0].series == spans
+    older = json.loads(path.read_text())
+    del older["series"], older["ranks"]
+    assert from_json(older) == record()
 
 
 def test_newer_replaces_the_same_key_only(tmp_path):

@@ -70,6 +70,31 @@ def test_axes_are_labelled_and_every_implementation_is_named_in_the_picture(y):
         assert word in written
 
 
+def test_speedup_is_over_the_fastest_peer_and_noise_has_none():
+    mine = [
+        dataclasses.replace(r, ratio_to_peer=0.25 if r.impl == "flash" else None if r.impl == "naive" else 1.0)
+        for r in RECORDS
+    ]
+    plot = Plot(x="n", xlabel="n", panel=("dtype",), y="speedup")
+    assert [plots._value(plot, r) for r in mine[:3]] == [None, 4.0, 1.0]
+    written = texts(plots.draw(plot, mine))
+    assert "times as fast as the fastest peer" in written
+    assert "flash" in written
+    assert "naive" not in written
+
+
+def test_sizes_in_bytes_are_written_short():
+    assert [plots._size(n) for n in (4, 4096, 65536, 2**20, 3 * 2**20, 2**30)] == ["4", "4K", "64K", "1M", "3M", "1G"]
+    records = [dataclasses.replace(r, case={"bytes": r.case["n"] * 512}) for r in RECORDS]
+    assert "512K" in texts(plots.draw(Plot(x="bytes", xlabel="bytes"), records))
+
+
+def test_ranks_have_a_roof_of_their_own():
+    four = [dataclasses.replace(r, ranks=4, limit_flops=2e11) for r in RECORDS]
+    labels = [roof.label for roof, _ in plots.roofs(RECORDS + four)]
+    assert labels == ["float32, 1 thread", "float32, 4 ranks of 1 thread"]
+
+
 @pytest.mark.parametrize("y", ["time", "throughput"])
 def test_threads_do_not_share_a_panel(y):
     both = RECORDS + [dataclasses.replace(r, threads=2, seconds=r.seconds / 2) for r in RECORDS]
@@ -114,3 +139,11 @@ def test_report_is_one_self_contained_page(tmp_path):
 def test_every_benchmark_opens_with_a_question():
     for name in find.names():
         assert report.question(name).endswith("?"), name
+
+
+def test_further_pictures_come_after_the_plots(monkeypatch, toy):
+    bench = toy(
+        pictures={"all": lambda records: f"<svg>{len(records)}</svg>", "nothing": lambda records: None}, plots=()
+    )
+    monkeypatch.setattr(report.find, "load", lambda name: bench)
+    assert report.pictures("toys.sums", RECORDS) == [f"<svg>{len(RECORDS)}</svg>"]

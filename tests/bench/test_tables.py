@@ -77,6 +77,20 @@ def test_summary_has_one_row_a_case_and_ratios_of_ours():
     assert row["gone"] == "missing"
 
 
+def test_a_variant_has_its_time_in_the_summary_and_all_in_the_detail():
+    variant = record("step", "variant", 0.03, ratio_to_reference=1.5, ratio_to_peer=2.5, share=0.2)
+    (row,) = tables.summary_rows([*ROWS, variant])
+    assert row["step"] == "30.0 ms"
+    assert [title for title in row if title.startswith("step")] == ["step"]
+    assert list(row)[1:5] == ["plain", "step", "fast", "lib"]
+    assert tables.detail_rows([*ROWS, variant])[-1]["÷ fastest peer"] == "2.50×"
+
+
+def test_threads_are_those_of_a_rank_where_there_are_several():
+    assert "; 1 thread a rank; " in tables.where_and_when([record("fast", "ours", 0.1, ranks=4)])
+    assert "rank" not in tables.where_and_when(ROWS)
+
+
 def test_yours_stands_beside_ours_and_not_in_its_place():
     more = {"items": 10.0, "unit": "row"}
     ours = record("fast", "ours", 0.01, share=0.5, **more)

@@ -1,0 +1,77 @@
+"""torch's own collectives under our names: the algorithm "backend". What they cannot do is said, not tried."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mlsys.parallel._call import Call
+from mlsys.parallel._reduce import Reduction
+
+_OPS = {
+    "sum": dist.ReduceOp.SUM,
+    "mean": dist.ReduceOp.SUM,
+    "max": dist.ReduceOp.MAX,
+    "min": dist.ReduceOp.MIN,
+    "product": dist.ReduceOp.PRODUCT,
+}
+_REDUCED = (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16,
+    torch.int64, torch.int32, torch.int8, torch.uint8,
+)  # fmt: skip
+# torch 2.13 renames them and deprecates the old names; torch 2.11 has only those.
+_all_gather: Callable[..., dist.Work] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter: Callable[..., dist.Work] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+def refusal(call: Call) -> str | None:
+    """Why torch's backends cannot serve the call; None if they can."""
+    if call.operation in ("all_gather", "reduce_scatter") and not call.even:
+        return f"the backend's {call.operation} needs equal parts: take algorithm='ring'"
+    if call.op and call.dtype not in _REDUCED:
+        return f"the backend cannot reduce {call.dtype}: take algorithm='ring'"
+    return None
+
+
+def start(group: dist.ProcessGroup, call: Call) -> tuple[dist.Work, Callable[[], None]]:
+    """Begin the call; wait for the work, then call the function."""
+    n = group.size()
+    output, given = call.output, call.input
+    if call.operation == "all_reduce":
+        assert output is not None
+        return dist.all_reduce(output, _OPS[call.op], group=group, async_op=True), _finish(call, output, n)
+    if call.operation == "reduce_scatter":
+        assert output is not None
+        work = _reduce_scatter(output, given, op=_OPS[call.op], group=group, async_op=True)
+        return work, _finish(call, output, n)
+    if call.operation == "broadcast":
+        return dist.broadcast(_bytes(output), group_src=call.root, group=group, async_op=True), _nothing
+    if call.operation == "all_gather":
+        return _all_gather(_bytes(output), _bytes(given), group=group, async_op=True), _nothing
+    size = call.dtype.itemsize
+    received, sent = ([part * size for part in parts] for parts in (call.sizes, call.sent_sizes))
+    work = dist.all_to_all_single(_bytes(output), _bytes(given), received, sent, group=group, async_op=True)
+    return work, _nothing
+
+
+def run(group: dist.ProcessGroup, call: Call) -> None:
+    """The call, from beginning to end."""
+    work, finish = start(group, call)
+    work.wait()
+    finish()
+
+
+def _finish(call: Call, part: Tensor, n: int) -> Callable[[], None]:
+    return lambda: Reduction(call.op, n).finish(part)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _bytes(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor.view(torch.uint8)
