@@ -1,4 +1,7 @@
-"""torch's own collectives under our names: the algorithm "backend". What they cannot do is said, not tried."""
+"""torch's own collectives under our names: the algorithm "backend". What they cannot do is said, not tried.
+
+What goes wrong on the way is a TimeoutError or a ConnectionError, as it is for our own messages.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mlsys.parallel._call import Call
+from mlsys.parallel._p2p import timed_out
 from mlsys.parallel._reduce import Reduction
 
 _OPS = {
@@ -36,40 +40,59 @@ def refusal(call: Call) -> str | None:
     return None
 
 
-def start(group: dist.ProcessGroup, call: Call) -> tuple[dist.Work, Callable[[], None]]:
-    """Begin the call; wait for the work, then call the function."""
-    n = group.size()
-    output, given = call.output, call.input
-    if call.operation == "all_reduce":
-        assert output is not None
-        return dist.all_reduce(output, _OPS[call.op], group=group, async_op=True), _finish(call, output, n)
-    if call.operation == "reduce_scatter":
-        assert output is not None
-        work = _reduce_scatter(output, given, op=_OPS[call.op], group=group, async_op=True)
-        return work, _finish(call, output, n)
-    if call.operation == "broadcast":
-        return dist.broadcast(_bytes(output), group_src=call.root, group=group, async_op=True), _nothing
-    if call.operation == "all_gather":
-        return _all_gather(_bytes(output), _bytes(given), group=group, async_op=True), _nothing
-    size = call.dtype.itemsize
-    received, sent = ([part * size for part in parts] for parts in (call.sizes, call.sent_sizes))
-    work = dist.all_to_all_single(_bytes(output), _bytes(given), received, sent, group=group, async_op=True)
-    return work, _nothing
+def loses_nan(call: Call) -> bool:
+    """Whether the result may lack a NaN that a rank has: gloo and NCCL compare, and no comparison with NaN holds."""
+    return call.op in ("max", "min") and call.dtype.is_floating_point
+
+
+def start(group: dist.ProcessGroup, call: Call) -> Callable[[], None]:
+    """Begin the call; the function that is returned waits for it and finishes it, and may be called once."""
+    try:
+        work = _begun(group, call)
+    except RuntimeError as error:
+        raise _explained(error, group, call) from error
+
+    def finish() -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise _explained(error, group, call) from error
+        if call.op:
+            assert call.output is not None
+            Reduction(call.op, group.size()).finish(call.output)
+
+    return finish
 
 
 def run(group: dist.ProcessGroup, call: Call) -> None:
     """The call, from beginning to end."""
-    work, finish = start(group, call)
-    work.wait()
-    finish()
+    start(group, call)()
 
 
-def _finish(call: Call, part: Tensor, n: int) -> Callable[[], None]:
-    return lambda: Reduction(call.op, n).finish(part)
+def _begun(group: dist.ProcessGroup, call: Call) -> dist.Work:
+    output, given = call.output, call.input
+    if call.operation == "all_reduce":
+        assert output is not None
+        return dist.all_reduce(output, _OPS[call.op], group=group, async_op=True)
+    if call.operation == "reduce_scatter":
+        return _reduce_scatter(output, given, op=_OPS[call.op], group=group, async_op=True)
+    if call.operation == "broadcast":
+        return dist.broadcast(_bytes(output), group_src=call.root, group=group, async_op=True)
+    if call.operation == "all_gather":
+        return _all_gather(_bytes(output), _bytes(given), group=group, async_op=True)
+    size = call.dtype.itemsize
+    received, sent = ([part * size for part in parts] for parts in (call.sizes, call.sent_sizes))
+    return dist.all_to_all_single(_bytes(output), _bytes(given), received, sent, group=group, async_op=True)
 
 
-def _nothing() -> None:
-    pass
+def _explained(error: RuntimeError, group: dist.ProcessGroup, call: Call) -> OSError:
+    here = group.rank()
+    if timed_out(error):
+        return TimeoutError(
+            f"rank {here} waited in vain in {call}, backend: some rank has not made this call; look for the rank that "
+            f"is elsewhere ({error})"
+        )
+    return ConnectionError(f"rank {here} could not finish {call}, backend: has a rank ended? ({error})")
 
 
 def _bytes(tensor: Tensor | None) -> Tensor:

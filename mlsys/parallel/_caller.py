@@ -77,6 +77,7 @@ class Output:
     def __init__(self, name: str) -> None:
         self.stream = getattr(sys, name)
         self.near: int | None = None
+        self.error: Exception | None = None  # of a stream that does not take what the ranks print
         if isinstance(self.stream, io.TextIOWrapper):
             with contextlib.suppress(OSError, ValueError):
                 self.far = os.dup(self.stream.fileno())
@@ -94,13 +95,22 @@ class Output:
             self.far = -1
 
     def forward(self) -> bool:
-        """Print what has come; False at the end."""
+        """Print what has come; False at the end.
+
+        If the stream raises, the error is kept in `self.error`, and what else comes is read and dropped: a rank must
+        not wait for ever with a full pipe.
+        """
         assert self.near is not None
         try:
             data = os.read(self.near, 1 << 16)
         except BlockingIOError:
             return False
-        self.stream.write(self.decoder.decode(data, final=not data))
+        text = self.decoder.decode(data, final=not data)
+        if text and self.error is None:
+            try:
+                self.stream.write(text)
+            except Exception as error:
+                self.error = error
         return bool(data)
 
     def close(self) -> None:
@@ -110,7 +120,8 @@ class Output:
                 pass
             os.close(self.near)
             self.near = None
-            self.stream.flush()
+            with contextlib.suppress(Exception):
+                self.stream.flush()
 
 
 # --- the server, from the caller's side -------------------------------------------------------------------------------
@@ -164,6 +175,11 @@ class Server:
         """Give it one end of a socket pair; it will read a request from it."""
         with _lock:
             socket.send_fds(self.control, [b"."], [end.fileno()])
+
+    def settle(self) -> None:
+        """After an error on its socket: wait until `poll` knows of its death, if it has died."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(1.0)
 
     def close(self) -> None:
         """End it, and with it whatever it runs."""

@@ -15,22 +15,25 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 from threading import Thread
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from mlsys.parallel import _algorithms, _backend, _measure, _notes, traffic
-from mlsys.parallel._call import Call, agree, over_wire
+from mlsys.parallel._call import Call, Exchange, agree, over_wire, refuse
 from mlsys.parallel._choose import Choice, Links, choose
 from mlsys.parallel._p2p import Wire
+from mlsys.parallel._segment import Call as Plan
 from mlsys.parallel.shared_memory import DifferentCallsError, SharedMemory
 from mlsys.perf import _checks
 from mlsys.perf.collectives import ALGORITHMS
 
 TAG = 0x6D6C  # of messages over a plain group
 REMEMBERED = 1024  # choices
+KNOWN = {operation: ("auto", *names, "shared_memory", "backend") for operation, names in ALGORITHMS.items()}
+
+R = TypeVar("R")
 
 
 class Work(Protocol):
@@ -83,8 +86,9 @@ class Channel:
     def pick(self, call: Call, algorithm: str) -> str:
         """`algorithm` itself if it can serve the call, or the one that "auto" means here."""
         if algorithm == "auto":
-            return next(name for name in self._order(call) if self._refusal(call, name) is None)
-        _checks.known("algorithm", algorithm, ("auto", *ALGORITHMS[call.operation], "shared_memory", "backend"))
+            return next(name for name in self._order(call) if self._serves(call, name))
+        if algorithm not in KNOWN[call.operation]:
+            _checks.known("algorithm", algorithm, KNOWN[call.operation])
         reason = self._refusal(call, algorithm)
         if reason:
             raise ValueError(f"algorithm={algorithm!r}: {reason}")
@@ -100,6 +104,12 @@ class Channel:
         ours = _default_ranking(call.operation, self.size, call.nbytes)
         # gloo's reduce-scatter takes longer than its all-reduce.
         return (*ours, "backend") if call.operation == "reduce_scatter" and not call.cuda else ("backend", *ours)
+
+    def _serves(self, call: Call, algorithm: str) -> bool:
+        """Whether "auto" may take it: the backend's largest of numbers and NaN is for those who ask for it."""
+        if algorithm == "backend" and _backend.loses_nan(call):
+            return False
+        return self._refusal(call, algorithm) is None
 
     def _refusal(self, call: Call, algorithm: str) -> str | None:
         """Why this algorithm cannot serve this call; None if it can."""
@@ -140,31 +150,40 @@ class Channel:
         algorithm = "dissemination" if self.shared is None else "shared_memory"
         self.run(Call("barrier", torch.uint8, 0, None, None), algorithm, True, False)
 
-    def refuse(self) -> None:
-        """Tell the others, who are comparing their calls, that this rank refused its own."""
-        with contextlib.suppress(ValueError, RuntimeError, OSError):  # this rank has its own error to raise
-            self._meet(None, "")
+    def refuse(self, operation: str) -> None:
+        """Tell the others, who are comparing their calls, that this rank refused the arguments of its `operation`."""
+        # This rank has its own error to raise.
+        with contextlib.suppress(ValueError, RuntimeError, OSError), traffic.uncounted():
+            refuse(over_wire(self.wire, self.device), self.rank, self.size, operation)
 
-    def _meet(self, call: Call | None, algorithm: str) -> None:
+    def _meet(self, call: Call, algorithm: str) -> None:
         """All ranks make the same call, or all raise."""
         with traffic.uncounted():
-            agree(self._exchange(), self.rank, self.size, call, algorithm, self._count())
+            agree(self._exchange(call), self.rank, self.size, call, algorithm, self._count())
 
-    def _exchange(self) -> Callable[[Tensor], Tensor]:
+    def _exchange(self, call: Call) -> Exchange:
         return over_wire(self.wire, self.device)
 
     def _count(self) -> int:
         return 0
 
     def _perform(self, call: Call, algorithm: str, check: bool) -> None:
-        _notes.note(f"{call}, {algorithm}")
+        if _notes.inside_launch():
+            _notes.note(f"{call}, {algorithm}")
         if check and algorithm != "shared_memory":  # which compares the calls itself
             self._meet(call, algorithm)
         start = time.perf_counter()
         if algorithm == "shared_memory":
-            assert self.shared is not None
-            _algorithms.through(self.shared, call)
-            traffic.note(call.operation, algorithm, call.nbytes, self.size)
+            shared = self.shared
+            assert shared is not None
+            _algorithms.through(shared, call)
+            traffic.note(
+                call.operation,
+                algorithm,
+                call.nbytes,
+                self.size,
+                sent=lambda: traffic.shared_memory_sent(call, self.rank, self.size, shared.slot_bytes),
+            )
         else:
             with traffic.collective(call.operation, algorithm, call.nbytes, self.size):
                 if algorithm == "backend":
@@ -179,7 +198,7 @@ class Channel:
         if check:
             self._meet(call, "backend")
         with traffic.collective(call.operation, "backend", call.nbytes, self.size):
-            return Started(*_backend.start(self.group, call))
+            return Started(_backend.start(self.group, call))
 
     def _record(self, call: Call, algorithm: str, start: float) -> None:
         if self.timeline is not None:
@@ -238,7 +257,8 @@ class Communicator(Channel):
         self._calls = 0
         self._broken: str | None = None
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._last: Future[None] | None = None
+        self._last: Future[None] | None = None  # of all that the thread was given
+        self._ours: Future[None] | None = None  # of what uses messages or shared memory of this communicator
         self._thread: Thread | None = None
         self._closing = weakref.finalize(self, self._jobs.put, None)
 
@@ -269,10 +289,12 @@ class Communicator(Channel):
             self._drain()
             return super().run(call, algorithm, check, async_op)
         if algorithm != "backend":
-            return self._submit(lambda: self._perform(call, algorithm, check))
+            self._ours = self._submit(lambda: self._perform(call, algorithm, check))
+            return Queued(self._ours)
         # gloo matches collectives by the order in which they begin, the program's own beside ours: so this one begins
-        # here, not in the thread. What comes after it waits for it there.
-        self._drain()
+        # here, not in the thread. What comes after it waits for it there. Our own before it must be done, or ranks
+        # would be in both at once; the backend's need not, and run side by side.
+        self._settle()
         start = time.perf_counter()
         work = self._start(call, check)
 
@@ -280,7 +302,7 @@ class Communicator(Channel):
             work.wait()
             self._record(call, "backend", start)
 
-        return self._submit(finish)
+        return Queued(self._submit(finish))
 
     def close(self) -> None:
         """Wait for what is under way, end the thread, and let go of the shared memory. Once is enough."""
@@ -317,55 +339,70 @@ class Communicator(Channel):
             candidates["shared_memory"] = functools.partial(_algorithms.through, self.shared)
         self._lines = _measure.lines(self.group, candidates)
 
-    def _exchange(self) -> Callable[[Tensor], Tensor]:
+    def _exchange(self, call: Call) -> Exchange:
         shared = self.shared
         if shared is None:
-            return super()._exchange()
+            return super()._exchange(call)
+        # Ranks that disagree may be in shared memory, or on their way there: so that is where they must meet.
+        plan = Plan(call.operation, call.dtype, call.elements, call.op or "sum", call.root)
+        return lambda rows: shared.exchange(rows[self.rank], plan)
 
-        def exchange(rows: Tensor) -> Tensor:
-            # Ranks that disagree may be in shared memory, or on their way there: so that is where they must meet.
-            everyone = torch.empty_like(rows)
-            shared.all_gather(everyone.view(-1), rows[self.rank])
-            return everyone
-
-        return exchange
-
-    def refuse(self) -> None:
-        """Tell the others, who are comparing their calls, that this rank refused its own."""
-        self._drain()
+    def refuse(self, operation: str) -> None:
+        """Tell the others, who are comparing their calls, that this rank refused the arguments of its `operation`."""
+        if self._broken is not None:  # nobody listens
+            return
+        self._settle()
         if self.shared is None:
-            super().refuse()
+            self._count()  # as the others do
+            super().refuse(operation)
         else:
-            with contextlib.suppress(TypeError, RuntimeError, OSError):
-                self.shared.broadcast(None)  # type: ignore[arg-type]  # so that it refuses it, and says so
+            self.shared.refuse(operation)
 
     def _count(self) -> int:
+        if self.shared is not None:  # which counts by itself, also what is refused or differs
+            return 0
         self._calls += 1
         return self._calls
 
     def _perform(self, call: Call, algorithm: str, check: bool) -> None:
+        self._guarded(call, algorithm, functools.partial(super()._perform, call, algorithm, check))
+
+    def _start(self, call: Call, check: bool) -> Work:
+        work = self._guarded(call, "backend", functools.partial(super()._start, call, check))
+        return Started(lambda: self._guarded(call, "backend", work.wait))
+
+    def _guarded(self, call: Call, algorithm: str, run: Callable[[], R]) -> R:
+        """What `run` returns; its errors in terms of the call, and remembered if the ranks are out of step now."""
         try:
-            super()._perform(call, algorithm, check)
+            return run()
         except DifferentCallsError as error:
             raise ValueError(f"{error} (rank {self.rank} calls {call}, algorithm {algorithm!r})") from error
         except OSError as error:  # TimeoutError and ConnectionError are
-            self._broken = str(error)
+            self._broken = self._broken or str(error)
             raise
 
-    def _submit(self, run: Callable[[], None]) -> Work:
+    def _submit(self, run: Callable[[], None]) -> Future[None]:
         if self._thread is None:
             self._thread = Thread(target=_work, args=(self._jobs,), name="mlsys-communicator", daemon=True)
             self._thread.start()
+        if torch.is_inference_mode_enabled():  # a mode of this thread; that one writes to the same tensors
+            run = torch.inference_mode()(run)
         future: Future[None] = Future()
         self._last = future
         self._jobs.put((future, traffic.carried(run)))
-        return Queued(future)
+        return future
+
+    def _settle(self) -> None:
+        """Until the thread has done the last of our own collectives; errors are for those who wait for its work."""
+        if self._ours is not None:
+            wait([self._ours])
+            self._ours = None
 
     def _drain(self) -> None:
-        """Until the thread has nothing to do; errors are for those who wait for the work that had them."""
+        """Until the thread has nothing to do."""
         if self._last is not None:
             wait([self._last])
-            self._last = None
+            self._last = self._ours = None
 
 
 Job = tuple["Future[None]", Callable[[], None]]
@@ -403,16 +440,15 @@ class Queued:
 
 
 class Started:
-    """Work of the backend, and what is left to do after it."""
+    """Work of the backend that has begun; `finish` waits for it and does what is left."""
 
-    def __init__(self, work: dist.Work, finish: Callable[[], None]) -> None:
-        self._work, self._finish = work, finish
+    def __init__(self, finish: Callable[[], object]) -> None:
+        self._finish = finish
 
     def wait(self) -> None:
         """Until it is done; may be called again."""
-        self._work.wait()
-        finish, self._finish = self._finish, _nothing
-        finish()
+        self._finish()
+        self._finish = _nothing
 
 
 def channel(group: dist.ProcessGroup | Channel | None) -> Channel:

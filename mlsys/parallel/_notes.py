@@ -2,7 +2,7 @@
 
 A rank that hangs cannot be asked, and one that was killed least of all. So each rank writes, before every collective, a
 line like "all_reduce of float32 (1024,) at train.py:31" into its own slot of a file that all processes map. A write is
-a copy of a hundred bytes in memory, about 2 µs; the launcher reads it whenever it likes, also after a kill -9.
+a copy of a hundred bytes in memory, a few µs; the launcher reads it whenever it likes, also after a kill -9.
 
 A slot has two entries: the last collective, and the last send or receive, which is where a collective written out over
 point-to-point messages really is.

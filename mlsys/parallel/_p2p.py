@@ -67,7 +67,8 @@ class Wire:
         nbytes = elements * like.element_size()
         kept = self._kept.get(like.device)
         if kept is None or kept.numel() < nbytes:
-            kept = torch.empty(nbytes, dtype=torch.uint8, device=like.device)
+            with torch.inference_mode(False):  # or a later call outside of that mode could not write to it
+                kept = torch.empty(nbytes, dtype=torch.uint8, device=like.device)
             if nbytes <= KEEP:
                 self._kept[like.device] = kept
         return kept[:nbytes].view(like.dtype)
@@ -111,7 +112,7 @@ class Wire:
 
     def _explained(self, error: RuntimeError, verb: str, peer: int) -> OSError:
         here = self.group.rank()
-        if "imed out" in str(error):
+        if timed_out(error):
             return TimeoutError(
                 f"rank {here} waited in vain to {verb} rank {peer}, which has not made this call or waits for another "
                 f"rank itself; look for the rank that is elsewhere ({error})"
@@ -235,6 +236,28 @@ def pipeline(
     for first, pending in under_way:
         wire.wait(pending)
         arrived(first)
+
+
+def timed_out(error: RuntimeError) -> bool:
+    """Whether gloo or NCCL say that they waited too long, rather than that a connection is gone."""
+    return any(sign in str(error) for sign in ("imed out", "timing out", "timeout caused", "operation timeout"))
+
+
+def special(name: str, tensor: Tensor) -> str | None:
+    """Why `tensor`, an argument called `name`, is no plain memory that may be written, and what to do; else None."""
+    if tensor.is_nested:
+        return f"{name} is a nested tensor: pass the tensors of {name}.unbind() one at a time"
+    if tensor.is_quantized:
+        return (
+            f"{name} is quantized, and its scale would not travel with it: pass {name}.int_repr(), and make a "
+            "quantized tensor of the result"
+        )
+    if tensor.is_inference() and not torch.is_inference_mode_enabled() and name != "input":  # which is only read
+        return (
+            f"{name} was made in torch.inference_mode, outside of which it cannot be written: call inside, or pass "
+            f"{name}.clone() and copy the result back"
+        )
+    return None
 
 
 @functools.lru_cache(maxsize=256)

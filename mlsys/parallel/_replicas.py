@@ -23,6 +23,14 @@ def check_module(module: nn.Module) -> None:
             raise ValueError(f"parameter {name} has no shape yet: run one batch through the module before wrapping it")
         if parameter.is_meta:
             raise ValueError(f"parameter {name} is on the meta device: give it memory and values before wrapping it")
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.layout == torch.strided and any(
+            step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+        ):
+            raise ValueError(
+                f"{name} of shape {tuple(tensor.shape)} is expanded: several of its numbers are one in memory, and "
+                f"rank 0's cannot be copied into it; give it memory of its own with .clone()"
+            )
     if not trainable:
         raise ValueError("no parameter of the module has requires_grad=True: there are no gradients to average")
     devices = {str(p.device) for p in module.parameters()}

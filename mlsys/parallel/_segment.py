@@ -12,7 +12,8 @@ each after they were written; a tree of flags, which reads fewer, pays off with 
 channels.
 
 A header says what a rank is about to do. It is written before the first crossing of a call and compared after it, when
-nothing but slots has been written.
+nothing but slots has been written. Before a call that goes by messages the ranks meet here as well, as some of them may
+be in shared memory: that is an "exchange", which says in its header which call is planned.
 """
 
 import contextlib
@@ -43,18 +44,27 @@ TOKEN = 16  # bytes
 # with a core each want more turns, and ranks that share cores fewer. From 3 to 200 it matters little.
 YIELDS = 20
 LOOK = 0.02  # seconds between two looks whether the others are still there
+TIMEOUT = 300.0  # seconds
 ALIVE, GAVE_UP, CLOSED = range(3)
 
-OPERATIONS = ("barrier", "all_reduce", "reduce_scatter", "all_gather", "broadcast", "all_to_all")
+OPERATIONS = (
+    "barrier", "all_reduce", "reduce_scatter", "all_gather", "broadcast", "all_to_all", "gather", "scatter", "exchange",
+)  # fmt: skip
 OPS = ("sum", "mean", "max", "min", "product")
 DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 _OPERATION_CODE = {name: code for code, name in enumerate(OPERATIONS)}
 _OP_CODE = {name: code for code, name in enumerate(OPS)}
 _DTYPE_CODE = {dtype: code for code, dtype in enumerate(DTYPES)}
+PLAN = 3  # words of a header, after its first four, that say which call an exchange is about
+ROW = 9  # words that every rank can give to an exchange, however few ranks there are
 
 
 class Call(NamedTuple):
-    """What a rank does; equal on all ranks that do the same. `detail`: the source of a broadcast, a hash of sizes."""
+    """What a rank does; equal on all ranks that do the same.
+
+    detail:  the root of a broadcast, gather or scatter; a hash of sizes.
+    planned: it will go by messages, and the ranks compare what they are about to do.
+    """
 
     operation: str
     dtype: torch.dtype = torch.uint8
@@ -62,6 +72,7 @@ class Call(NamedTuple):
     op: str = "sum"
     detail: int = 0
     refused: bool = False
+    planned: bool = False
 
     def words(self) -> tuple[int, int, int]:
         """Three 64-bit numbers for a header."""
@@ -72,6 +83,8 @@ class Call(NamedTuple):
     def read(cls, words: np.ndarray) -> "Call":
         """The call whose `words` these are."""
         code, elements, detail = (int(word) for word in words[:3])
+        if OPERATIONS[code & 255] == "exchange":
+            return cls.read(words[4:])._replace(planned=True)
         operation, op, dtype = OPERATIONS[code & 255], OPS[code >> 8 & 255], DTYPES[code >> 16 & 65535]
         return cls(operation, dtype, elements, op, detail, bool(code >> 32))
 
@@ -83,7 +96,12 @@ class Call(NamedTuple):
         text = f"{self.operation} of {self.elements} {str(self.dtype).removeprefix('torch.')}"
         if self.operation in ("all_reduce", "reduce_scatter"):
             text += f", op={self.op!r}"
-        return text + (f", src={self.detail}" if self.operation == "broadcast" else "")
+        if self.operation in ("broadcast", "scatter", "gather"):
+            text += f", {'dst' if self.operation == 'gather' else 'src'}={self.detail}"
+        return text + (", by messages" if self.planned else "")
+
+
+_EXCHANGE = Call("exchange").words()
 
 
 class DifferentCallsError(ValueError):
@@ -105,15 +123,17 @@ class Segment:
         self.broken = ""  # why the segment cannot be used any more
         self._calls = 0
         n = self.size
-        self._header_words = -(-(4 + 2 * n) * 8 // LINE) * LINE // 8  # the call, its number, two sizes per rank
+        # The call, its number, and two sizes per rank, or the plan and the row of an exchange.
+        self._header_words = -(-(4 + max(2 * n, PLAN + n, PLAN + ROW)) * 8 // LINE) * LINE // 8
         headers_at = (1 + 2 * n) * LINE
         slots_at = -(-(headers_at + BUFFERS * n * self._header_words * 8) // mmap.PAGESIZE) * mmap.PAGESIZE
         fd = _open_together(group, slots_at + BUFFERS * n * slot_bytes)
         self._fd = fd
         # MAP_POPULATE: the pages are there before the first call that is timed.
         self._map = mmap.mmap(fd, 0, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
-        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        self._data = self._bytes[slots_at:]
+        with torch.inference_mode(False):
+            self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+            self._data = self._bytes[slots_at:]
         words = np.frombuffer(self._map, np.int64)
         self._headers = words[headers_at // 8 :][: BUFFERS * n * self._header_words].reshape(BUFFERS, n, -1)
         self._states = words[(1 + n) * LINE // 8 : headers_at // 8].reshape(n, -1)
@@ -131,23 +151,31 @@ class Segment:
     def slots(self, dtype: torch.dtype) -> list[list[Tensor]]:
         """By buffer and rank, the slots as flat tensors of `dtype`."""
         if dtype not in self._slots:
-            typed = self._data.view(dtype).view(BUFFERS, self.size, -1)
-            self._slots[dtype] = [list(buffer) for buffer in typed]
+            with torch.inference_mode(False):  # or a later call outside of that mode could not write to them
+                typed = self._data.view(dtype).view(BUFFERS, self.size, -1)
+                self._slots[dtype] = [list(buffer) for buffer in typed]
         return self._slots[dtype]
 
     def meet(self, call: Call, sizes: np.ndarray | None = None) -> np.ndarray:
-        """The first crossing of a call: returns the `sizes` of every rank, or raises if the ranks' calls differ."""
+        """The first crossing of a call: returns the `sizes` of every rank, or raises if the ranks' calls differ.
+
+        Planned calls are not compared here: what the ranks compare are the rows that they give as `sizes`.
+        """
         stride = self._header_words * 8
         headers = self._headers[self.epoch % BUFFERS]
         address = self._headers_at + self.epoch % BUFFERS * self.size * stride
         self._calls += 1
-        _atomics.announce(address + self.rank * stride, *call.words(), self._calls)
+        given, words = 4, call.words()
+        if call.planned:
+            headers[self.rank, 4 : 4 + PLAN] = words
+            given, words = 4 + PLAN, _EXCHANGE
+        _atomics.announce(address + self.rank * stride, *words, self._calls)
         if sizes is not None:
-            headers[self.rank, 4 : 4 + sizes.size] = sizes
+            headers[self.rank, given : given + sizes.size] = sizes
         self.cross(call)
         if call.refused or _atomics.odd_one(address, self.size, stride) >= 0:
             raise DifferentCallsError(self._difference(headers))
-        return headers[:, 4:]
+        return headers[:, given:]
 
     def cross(self, call: Call) -> None:
         """Wait until all ranks are here. What a rank wrote before it crossed, all may read afterwards."""
@@ -203,7 +231,7 @@ class Segment:
     def _fate(self, rank: int) -> str:
         """Why `rank` will not come, if that is known."""
         if self._states[rank, 0] != ALIVE:
-            return "gave up" if self._states[rank, 0] == GAVE_UP else "has closed its end"
+            return "gave up" if self._states[rank, 0] == GAVE_UP else "has closed its shared memory"
         if self._states[rank, 1] == os.getpid():  # ranks that are threads of one process share its locks
             return ""
         try:
@@ -211,7 +239,7 @@ class Segment:
         except OSError:  # still held
             return ""
         fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, rank)
-        return "is gone: its process has ended"
+        return "has closed its shared memory, or its process has ended"  # or has forgotten it, which closes it too
 
     def _last_call(self, rank: int) -> str:
         header = max(self._headers[:, rank], key=lambda words: int(words[3]))
@@ -230,6 +258,20 @@ class Segment:
             f"the ranks differ in call {self._calls}: rank {first} calls {one}; rank {other} calls {two}. "
             "All ranks must make the same calls in the same order; nothing was written"
         )
+
+
+def patience(group: Any) -> float:
+    """Seconds that `group` waits in a collective of its own before it gives up; `TIMEOUT` if it does not say."""
+    group = dist.group.WORLD if group is None else group
+    for device in ("cpu", "cuda"):
+        try:
+            backend = group._get_backend(torch.device(device))
+        except (RuntimeError, AttributeError):  # it serves no such device, or this process is none of its ranks
+            continue
+        waits = getattr(getattr(backend, "options", None), "_timeout", None)
+        if waits is not None:
+            return float(waits.total_seconds())
+    return TIMEOUT
 
 
 def _open_together(group: Any, nbytes: int) -> int:

@@ -1,4 +1,4 @@
-"""The process that is warm: it has torch imported, and becomes n ranks by forking in a few hundredths of a second.
+"""The process that is warm: it has torch imported, and becomes n ranks by forking, in less than a tenth of a second.
 
 Three kinds of process, each the parent of the next:
 
@@ -49,6 +49,7 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 FRAME = struct.Struct("<cQ")  # from a rank: what follows, and its bytes
+ACCEPTED = b"+"  # from the server, just before it forks: until then nothing of a launch has run
 RESULT, RAISED = b"R", b"E"
 # What may be imported before forking: it starts no threads and touches no GPU.
 PRELOAD = frozenset({"attention", "data", "files", "kernels", "models", "parallel", "perf", "quant", "retrieval"})
@@ -90,6 +91,8 @@ def serve(descriptor: int) -> None:
                         if (name.startswith("mlsys.") and name.split(".")[1] in PRELOAD) or name == "pytest":
                             with contextlib.suppress(Exception):
                                 importlib.import_module(name)
+                    with contextlib.suppress(OSError):
+                        channel.sendall(ACCEPTED)
                     pid = os.fork()
                     if pid == 0:
                         control.close()
@@ -173,19 +176,25 @@ def run_rank(rank: int, request: dict[str, Any], alive: int, supervisor: int) ->
     stacks = (folder / f"stack-{rank}").open("w", encoding="utf-8")
     faulthandler.enable(stacks)  # a segmentation fault leaves its Python stack there
     faulthandler.register(signal.SIGUSR1, stacks)  # and a hang, when the launcher asks
+    pid = os.getpid()
     try:
         kind, data = RESULT, _call(rank, request, folder)
     except BaseException as error:
+        if os.getpid() != pid:
+            traceback.print_exc()
         kind, data = RAISED, _describe(error)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
     ctypes.CDLL(None).fflush(None)  # what C code has printed
-    own.sendall(FRAME.pack(kind, len(data)))
-    own.sendall(data)
-    # Stay until all have finished: a peer may still be reading what this rank has sent it, and would otherwise fail
-    # too, with a message about a closed connection that hides the cause.
-    own.recv(1)
+    if os.getpid() != pid:  # the function has forked, and its child came back here too: it is no rank, and has no say
+        os._exit(int(kind == RAISED))
+    with contextlib.suppress(OSError):  # the caller has heard enough, or is gone
+        own.sendall(FRAME.pack(kind, len(data)))
+        own.sendall(data)
+        # Stay until all have finished: a peer may still be reading what this rank has sent it, and would otherwise
+        # fail too, with a message about a closed connection that hides the cause.
+        own.recv(1)
     os._exit(0)
 
 
@@ -207,7 +216,7 @@ def _call(rank: int, request: dict[str, Any], folder: Path) -> bytes:
         torch.cuda.set_device(rank)
         device = torch.device("cuda", rank)
     # Longer than the launch's own limit, so that a hang is reported by the launcher, which knows where all ranks are.
-    patience = timedelta(days=3650) if timeout is None else timedelta(seconds=timeout + 60.0)
+    patience = timedelta(seconds=timeout + 60.0)
     store = dist.FileStore(str(folder / "store"), ranks)
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=patience, device_id=device)
     result = fn(*args)
@@ -230,19 +239,18 @@ def _describe(error: BaseException) -> bytes:
         trace = trace.tb_next
     text = "".join(traceback.format_exception(type(error), error, trace))
     try:
-        pickled = _travel.dumps(error.with_traceback(None))
-        _travel.loads(pickled)
-    except Exception:
-        pickled = None
-    summary = f"raised {type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
-    report = (moment, summary, text, pickled, _is_communication(error))
+        words = str(error)
+    except Exception as second:
+        words = f"(its __str__ raised {type(second).__name__})"
+    summary = f"raised {type(error).__name__}: {' '.join(words.split())}".removesuffix(": ")
+    report = (moment, summary, text, _travel.dump_error(error), _is_communication(error, words))
     return pickle.dumps(report)
 
 
-def _is_communication(error: BaseException) -> bool:
+def _is_communication(error: BaseException, words: str) -> bool:
     """Whether this looks like the echo of another rank's failure."""
     pattern = r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|gloo|NCCL|remote process"
-    return isinstance(error, ConnectionError | RuntimeError) and bool(re.search(pattern, str(error)))
+    return isinstance(error, ConnectionError | RuntimeError) and bool(re.search(pattern, words))
 
 
 def _become(request: dict[str, Any]) -> None:
@@ -348,13 +356,17 @@ def _is_open(channel: socket.socket) -> bool:
 
 
 def send_request(channel: socket.socket, request: dict[str, Any], descriptors: list[int]) -> None:
-    """The other half of `receive_request`: a length, the descriptors in batches, and the pickled request."""
+    """The other half of `receive_request`: a length, the descriptors in batches, and the pickled request.
+
+    An OSError means that nothing has run; when this returns, the ranks are about to be forked.
+    """
     data = pickle.dumps(request)
     channel.sendall(struct.pack("<QI", len(data), len(descriptors)))
     for start in range(0, len(descriptors), 64):
         socket.send_fds(channel, [b"."], descriptors[start : start + 64])
-        channel.recv(1)  # one batch a message
+        _receive(channel, 1)  # one batch a message
     channel.sendall(data)
+    _receive(channel, len(ACCEPTED))
 
 
 def receive_request(channel: socket.socket) -> dict[str, Any] | None:
@@ -381,7 +393,7 @@ def _receive(channel: socket.socket, size: int) -> bytearray:
     while view:
         got = channel.recv_into(view)
         if not got:
-            raise ConnectionError("the caller is gone")
+            raise ConnectionError("the other side is gone")
         view = view[got:]
     return data
 

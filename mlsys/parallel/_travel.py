@@ -14,6 +14,7 @@ import linecache
 import os
 import pickle
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -21,6 +22,18 @@ from typing import Any
 
 import cloudpickle
 import torch
+
+# cloudpickle's list of modules that go by value belongs to the process: one thread must not tidy up what another needs.
+_registry = threading.RLock()
+
+
+def _after_fork() -> None:
+    global _registry
+    _registry = threading.RLock()  # another thread may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class _Pickler(cloudpickle.Pickler):
@@ -118,11 +131,12 @@ def pack(value: Any) -> Parcel:
     """`value`, with what a fresh process needs to unpack it."""
     file = io.BytesIO()
     pickler = _Pickler(file)
-    try:
-        pickler.dump(value)
-        pickler.dump(list(pickler.by_value.values()))  # shares what was dumped before
-    finally:
-        pickler.unregister()
+    with _registry:
+        try:
+            pickler.dump(value)
+            pickler.dump(list(pickler.by_value.values()))  # shares what was dumped before
+        finally:
+            pickler.unregister()
     return Parcel(file.getvalue(), [name for name, found in pickler.known.items() if found], pickler.sources)
 
 
@@ -146,16 +160,49 @@ def dumps(value: Any) -> bytes:
     """`value` as bytes. CUDA tensors are sent as CPU tensors; a view takes only its own bytes."""
     file = io.BytesIO()
     pickler = _Pickler(file)
-    try:
-        pickler.dump(value)
-    finally:
-        pickler.unregister()
+    with _registry:
+        try:
+            pickler.dump(value)
+        finally:
+            pickler.unregister()
     return file.getvalue()
 
 
 def loads(data: bytes | bytearray | memoryview) -> Any:
     """What `dumps` was given."""
     return pickle.loads(data)
+
+
+def dump_error(error: BaseException) -> bytes | None:
+    """An exception as bytes, without its traceback; None if it cannot be sent.
+
+    An exception is pickled as a call of its class with its `args`, which fails for every class whose `__init__` takes
+    something else than it hands on to `Exception`. Such a one is made again without `__init__`.
+    """
+    error = error.with_traceback(None)
+    for sent in (error, _Made(error)):
+        with contextlib.suppress(Exception):
+            data = dumps(sent)
+            if type(loads(data)) is type(error):
+                return data
+    return None
+
+
+class _Made:
+    """Pickled in place of an exception, and unpickled as that exception."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made, (type(self.error), self.error.args, vars(self.error))
+
+
+def _made(kind: type[BaseException], args: tuple[Any, ...], attributes: dict[str, Any]) -> BaseException:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    vars(error).update(attributes)
+    return error
 
 
 def importable(module: ModuleType) -> bool:

@@ -26,7 +26,8 @@ or written to `output`, which in reduce_scatter and all_gather may be this rank'
 overlaps are not for use. `op` is "sum", "mean", "max", "min" or "product"; "max" of bool is or, "min" is and.
 
 All dtypes can be moved. Integers, float16, bfloat16, float32, float64 and complex can be reduced, in their own
-precision: n roundings, not one. Shared memory rounds once.
+precision: n roundings, not one. Shared memory rounds once. The "max" and "min" of a NaN and anything is NaN,
+except by "backend": gloo and NCCL may lose it, so for these two of floating-point numbers "auto" passes over them.
 
 Every rank gets the same bits, whatever the algorithm ("backend": what torch promises). Two algorithms differ in the
 last bits of a floating-point sum, since they add in another order.
@@ -72,6 +73,7 @@ from mlsys.parallel import _algorithms, _reduce
 from mlsys.parallel._call import Call
 from mlsys.parallel._choose import Choice, Links
 from mlsys.parallel._communicator import Channel, Communicator, Finished, Work, channel
+from mlsys.parallel._p2p import special
 from mlsys.perf import _checks
 
 __all__ = [
@@ -79,6 +81,7 @@ __all__ = [
     "all_gather", "all_reduce", "all_to_all", "barrier", "broadcast", "gather", "reduce_scatter", "scatter",
 ]  # fmt: skip
 
+_OPS = tuple(_reduce.COMBINE)
 Group = dist.ProcessGroup | Communicator | None
 
 
@@ -99,7 +102,7 @@ def all_reduce(
         _reducible(op, tensor)
         return Call("all_reduce", flat.dtype, flat.numel(), flat, None, op)
 
-    return _run(there, call, algorithm, async_op, check)
+    return _run(there, "all_reduce", call, algorithm, async_op, check)
 
 
 def reduce_scatter(
@@ -127,7 +130,7 @@ def reduce_scatter(
         _length("output", part, parts[there.rank], "this rank's part")
         return Call("reduce_scatter", whole.dtype, whole.numel(), part, whole, op, sizes=parts, even=_equal(parts))
 
-    return _run(there, call, algorithm, async_op, check)
+    return _run(there, "reduce_scatter", call, algorithm, async_op, check)
 
 
 def all_gather(
@@ -153,7 +156,7 @@ def all_gather(
         _length("input", part, parts[there.rank], "this rank's part")
         return Call("all_gather", whole.dtype, whole.numel(), whole, part, sizes=parts, even=_equal(parts))
 
-    return _run(there, call, algorithm, async_op, check)
+    return _run(there, "all_gather", call, algorithm, async_op, check)
 
 
 def all_to_all(
@@ -190,7 +193,7 @@ def all_to_all(
         even = input_sizes is None
         return Call("all_to_all", given.dtype, given.numel(), into, given, sizes=received, sent_sizes=sent, even=even)
 
-    return _run(there, call, algorithm, async_op, check)
+    return _run(there, "all_to_all", call, algorithm, async_op, check)
 
 
 def broadcast(
@@ -209,7 +212,7 @@ def broadcast(
         flat = _flat("tensor", tensor, there)
         return Call("broadcast", flat.dtype, flat.numel(), flat, None, root=_root("src", src, there))
 
-    return _run(there, call, algorithm, async_op, check)
+    return _run(there, "broadcast", call, algorithm, async_op, check)
 
 
 def gather(
@@ -238,7 +241,7 @@ def gather(
             _length("output", whole, sum(parts), "all parts together")
         return Call("gather", part.dtype, sum(parts), whole, part, root=root, sizes=parts, even=_equal(parts))
 
-    _run(there, call, "direct", False, check)
+    _run(there, "gather", call, "direct", False, check)
 
 
 def scatter(
@@ -267,7 +270,7 @@ def scatter(
             _length("input", whole, sum(parts), "all parts together")
         return Call("scatter", part.dtype, sum(parts), part, whole, root=root, sizes=parts, even=_equal(parts))
 
-    _run(there, call, "direct", False, check)
+    _run(there, "scatter", call, "direct", False, check)
 
 
 def barrier(group: Group = None) -> None:
@@ -277,14 +280,16 @@ def barrier(group: Group = None) -> None:
         there.barrier()
 
 
-def _run(there: Channel, build: Callable[[], Call], algorithm: str, async_op: bool, check: bool) -> Work | None:
+def _run(
+    there: Channel, operation: str, build: Callable[[], Call], algorithm: str, async_op: bool, check: bool
+) -> Work | None:
     """Check the arguments, then run; if they are refused, the ranks that wait for this one get to know."""
     try:
         call = build()
         chosen = algorithm if algorithm == "direct" else there.pick(call, algorithm)
-    except (TypeError, ValueError):
+    except Exception:  # whatever it is, the others must not wait for this rank
         if check and there.size > 1:
-            there.refuse()
+            there.refuse(operation)
         raise
     if there.size > 1:
         return there.run(call, chosen, check, async_op)
@@ -298,6 +303,9 @@ def _run(there: Channel, build: Callable[[], Call], algorithm: str, async_op: bo
 def _flat(name: str, tensor: Tensor, there: Channel) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    reason = special(name, tensor)
+    if reason:
+        raise ValueError(reason)
     if tensor.layout != torch.strided or not tensor.is_contiguous():
         raise ValueError(
             f"{name} of shape {tuple(tensor.shape)} is not contiguous, and its memory would be taken for another "
@@ -319,7 +327,8 @@ def _same_dtype(output: Tensor, input: Tensor) -> None:
 
 
 def _reducible(op: str, tensor: Tensor) -> None:
-    _checks.known("op", op, _reduce.COMBINE)
+    if op not in _OPS:
+        _checks.known("op", op, _OPS)
     reason = _reduce.refusal(op, tensor.dtype)
     if reason:
         raise ValueError(reason)

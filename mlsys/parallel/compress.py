@@ -16,12 +16,19 @@ The last two lose most of the gradient, and not at random: a weight whose gradie
 Nothing is lost then, only late: the sum of all c is the sum of all g but for the last e. `error_feedback=False` shows
 what happens without: training stalls where the gradients that are left out do not vanish.
 
+**Not finite.** One infinite gradient on one rank must show on all, so that all leave the step out (as `GradScaler`
+does), and must not stay: a residual that holds it would spoil every later step. So where the estimate of a bucket is
+not finite, which all ranks see alike, the bucket's state is that of before the call. What other buckets have sent in a
+step that is left out is lost. Residuals are in units of the gradients: when a loss scale changes, they are off for some
+steps.
+
 Residuals make this rank's state depend on its own gradients. They are not in a checkpoint: `reset` forgets them, and
 a resumed run starts as if from a first step.
 
 Cost:
     BF16: two passes over the gradient. TopK: a partial sort, on a CPU often dearer than the bytes it saves. PowerSGD:
-    4·r FLOPs a number in matmuls, and an orthogonalisation of thin matrices.
+    4·r FLOPs a number in matmuls, and an orthogonalisation of thin matrices. With error feedback, memory for N numbers
+    that are kept, and for a bucket's again while it is under way.
 
 Communication:
     Bytes that a rank sends for N numbers of 4 bytes: plain 8N(n−1)/n, BF16 4N(n−1)/n, TopK 8ρN(n−1), PowerSGD about
@@ -97,11 +104,11 @@ class TopK(Compressor):
         """Begin to gather the largest numbers of all ranks."""
         n = _size(group)
         wanted = _with_residual(self._residuals, key, gradient) if self.error_feedback else gradient.clone()
+        # NaN and infinity count as the largest, so that one at least is sent, and every rank gets to know.
         k = math.ceil(self.ratio * wanted.numel())
         chosen = wanted.abs().topk(k, sorted=False).indices
         values = wanted[chosen].to(gradient.dtype)
-        # Set to 0, not subtracted: rounding to the gradient's type leaves little, and inf − inf would be NaN for ever.
-        wanted[chosen] = 0
+        wanted[chosen] = 0  # rather than subtract what was sent: rounding to the gradient's type leaves little
         # Indices and values in one message: one latency instead of two.
         message = torch.cat((_bytes(chosen.to(torch.int32)), _bytes(values)))
         gathered = message.new_empty(n * message.numel())
@@ -113,6 +120,8 @@ class TopK(Compressor):
             for part in gathered.view(n, -1):
                 where, what = part[: 4 * k].clone().view(torch.int32), part[4 * k :].clone().view(gradient.dtype)
                 gradient.index_add_(0, where, what, alpha=1 / n)
+            if self.error_feedback and gradient.isfinite().all():
+                self._residuals[key] = wanted
 
         return _Then(work, add_all)
 
@@ -156,6 +165,9 @@ class PowerSGD(Compressor):
         work = _mean(first, group)
 
         def multiply() -> None:
+            if not first.isfinite().all():  # on all ranks alike; factors of it would spread over the matrix anyway
+                gradient.fill_(math.nan)
+                return
             averaged = _split_like(first, (*left, *whole))
             bases = [torch.linalg.qr(factor).Q for factor in averaged[: len(left)]]
             seconds = [matrix.T @ base for matrix, base in zip(matrices.values(), bases, strict=True)]
@@ -164,17 +176,20 @@ class PowerSGD(Compressor):
                 _mean(second, group).wait()
                 seconds = _split_like(second, seconds)
             estimates = dict(zip(matrices, (b @ q.T for b, q in zip(bases, seconds, strict=True)), strict=True))
-            self._factors.update({(key, i): q for i, q in zip(matrices, seconds, strict=True)})
             vectors = iter(averaged[len(left) :])
             ordered = [estimates[i].reshape(-1) if i in estimates else next(vectors) for i in range(len(pieces))]
             torch.cat(ordered, out=(estimate := torch.empty_like(flat)))
+            gradient.copy_(estimate)
+            if not gradient.isfinite().all():  # a product, or its rounding to the gradient's type, may overflow
+                return
+            self._factors.update({(key, i): q for i, q in zip(matrices, seconds, strict=True)})
             if self.error_feedback:
                 exact = [i not in estimates for i in range(len(pieces))]
                 flat.sub_(estimate)
                 for piece, is_exact in zip(pieces, exact, strict=True):
                     if is_exact:
                         piece.zero_()  # sent whole: nothing of it is late
-            gradient.copy_(estimate)
+                self._residuals[key] = flat
 
         return _Then(work, multiply)
 
@@ -211,15 +226,15 @@ class _Then:
 
 
 def _with_residual(residuals: dict[int, Tensor], key: int, gradient: Tensor) -> Tensor:
-    """The gradient and what was kept of the ones before: the state itself, in float32 at least."""
+    """The gradient and what was kept of the ones before, in float32 at least; the state is left as it is."""
     if key not in residuals:
-        residuals[key] = torch.zeros_like(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
+        return gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
     if residuals[key].shape != gradient.shape:
         raise ValueError(
             f"bucket {key} has {gradient.numel():,} numbers, and had {residuals[key].numel():,}: a compressor serves "
             "one model; make another for this one, or call reset()"
         )
-    return residuals[key].add_(gradient)
+    return residuals[key] + gradient
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -33,7 +33,8 @@ and let `scale` count: `loss = losses.sum() * model.scale(len(losses))` is right
 
 Limits: a backward pass must reach at least one parameter on every rank. `torch.autograd.grad` and `create_graph=True`
 go past the hooks. Reentrant checkpointing is right, but reduces once a segment: take `use_reentrant=False`. Freezing
-and unfreezing (`requires_grad`) is followed if all ranks do it alike; new parameters need a new `DataParallel`.
+and unfreezing (`requires_grad`) is followed if all ranks do it alike. Hooks sit on the parameters of the beginning, and
+one put in the place of another would train on this rank's gradient alone: the next forward pass refuses it.
 
 Cost:
     One pass over the gradients if `.grad` is None at the start (they are moved into the bucket), none otherwise; some
@@ -67,6 +68,8 @@ from mlsys.parallel._buckets import Bucket, plan
 from mlsys.parallel._replicas import MB, agree, broadcast_first, check_module
 from mlsys.parallel.collectives import Communicator, Group, all_reduce, broadcast
 from mlsys.parallel.compress import Compressor
+from mlsys.perf import _checks
+from mlsys.perf.collectives import ALGORITHMS
 
 STRATEGIES = ("naive", "flat", "bucketed")
 
@@ -81,7 +84,8 @@ class DataParallel(nn.Module):
     first_bucket_mb:   size of the bucket that is sent first.
     compress:          a `Compressor`; None sends the gradients as they are.
     broadcast_buffers: give rank 0's buffers (means of batch norm) to all before each forward pass in training mode.
-    algorithm:         of the all-reduces; "backend" is torch's own, and makes no Communicator.
+    algorithm:         of the all-reduces, tried once here; "backend" is torch's own, also for broadcasts, and makes no
+                       Communicator.
     timeline:          gets a "waiting" span whenever this rank waits for the reduction of a bucket.
     """
 
@@ -106,6 +110,7 @@ class DataParallel(nn.Module):
                 raise ValueError(f"{name}={value!r}: a number of MB above 0 is needed")
         if compress is not None and not isinstance(compress, Compressor):
             raise TypeError(f"compress={compress!r}: an instance of a Compressor is needed, such as BF16(), or None")
+        _checks.known("algorithm", algorithm, ("auto", *ALGORITHMS["all_reduce"], "shared_memory", "backend"))
         check_module(module)
         agree(module, group)
         self.module, self.strategy, self.compress, self.algorithm = module, strategy, compress, algorithm
@@ -122,16 +127,20 @@ class DataParallel(nn.Module):
         self._session: weakref.ref[_Session] | None = None
         self._hooks: dict[nn.Parameter, Any] = {}
         self._buckets: list[Bucket] = []
-        broadcast_first([*self._parameters_of_module, *module.buffers()], self.group, self.algorithm)
+        # An algorithm of all-reduces need not exist for broadcasts, which are few: here, and of buffers.
+        self._broadcasts = "backend" if algorithm == "backend" else "auto"
+        broadcast_first([*self._parameters_of_module, *module.buffers()], self.group, self._broadcasts)
+        self._try_algorithm()
         self._follow_requires_grad()
 
     # --- use ---
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._sync and torch.is_grad_enabled():
-            if self._frozen_has_changed():
+        if torch.is_grad_enabled():
+            self._refuse_replaced()
+            if self._sync and self._frozen_has_changed():
                 self._follow_requires_grad()
-            if self.training and self.broadcast_buffers:
+            if self._sync and self.training and self.broadcast_buffers:
                 self.sync_buffers()
         return self.module(*args, **kwargs)
 
@@ -157,15 +166,20 @@ class DataParallel(nn.Module):
 
     def sync_buffers(self) -> None:
         """Give rank 0's buffers to all, as before each forward pass in training; all ranks must call it."""
-        broadcast_first(list(self.module.buffers()), self.group, self.algorithm)
+        broadcast_first(list(self.module.buffers()), self.group, self._broadcasts)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """That of `.module`: with the names of one process."""
         return self.module.state_dict(*args, **kwargs)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Into `.module`, with its names; every rank must load the same."""
-        return self.module.load_state_dict(state_dict, *args, **kwargs)
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Copy into `.module`, with its names; every rank must load the same. `assign` would need new hooks."""
+        if assign:
+            raise ValueError(
+                "assign=True replaces the parameters, and gradients of the new ones would not be averaged: leave it "
+                "out, which copies into the old ones, or load into the module before wrapping it"
+            )
+        return self.module.load_state_dict(state_dict, strict=strict)
 
     def close(self) -> None:
         """Take the hooks off the parameters, and close the Communicator if it was made here."""
@@ -202,6 +216,7 @@ class DataParallel(nn.Module):
     def _begin(self) -> _Session:
         """The first gradient of a backward pass."""
         self._wait()  # for what one that raised has left under way
+        self._refuse_replaced()
         if self._frozen_has_changed():
             self._follow_requires_grad()
         for bucket in self._buckets:
@@ -261,6 +276,26 @@ class DataParallel(nn.Module):
             return contextlib.nullcontext()
         return self.timeline.span("waiting", f"bucket {bucket.index}")
 
+    def _try_algorithm(self) -> None:
+        """Let it refuse what it cannot serve here, and not in a hook."""
+        if self.algorithm != "auto":
+            for dtype in dict.fromkeys(p.dtype for p in self._parameters_of_module if p.requires_grad):
+                number = torch.zeros(1, dtype=dtype, device=self._parameters_of_module[0].device)
+                all_reduce(number, self.group, op="mean", algorithm=self.algorithm)
+
+    def _refuse_replaced(self) -> None:
+        """Raise if the module no longer has the parameters that it had."""
+        if [*map(id, self.module.parameters())] == [*map(id, self._parameters_of_module)]:
+            return
+        now = dict(self.module.named_parameters())
+        names = {name for parameter, name in self._names.items() if now.get(name) is not parameter}
+        names |= {name for name, parameter in now.items() if parameter not in self._names}
+        raise RuntimeError(
+            f"{', '.join(sorted(names)) or 'the order of parameters'} changed since DataParallel was made (a new "
+            "nn.Parameter or layer, or a load with assign=True), and new parameters have no hook that averages their "
+            "gradients: close this DataParallel and make another, or copy into the old ones: parameter.data.copy_(…)"
+        )
+
     # --- buckets ---
 
     def _frozen_has_changed(self) -> bool:
@@ -294,7 +329,7 @@ class DataParallel(nn.Module):
         seen = [number[p] for p in order]
         rest = sorted(set(number.values()) - set(seen))
         numbers = torch.tensor([*seen, *rest], dtype=torch.int64, device=trainable[0].device)
-        broadcast(numbers, self.group, algorithm=self.algorithm, check=False)
+        broadcast(numbers, self.group, algorithm=self._broadcasts, check=False)
         planned = plan([trainable[i] for i in numbers.tolist()], self.strategy, *self._caps)
         # The order within a bucket does not matter: it is full when its last gradient is there.
         if [set(group) for group in planned] != [set(bucket.parameters) for bucket in self._buckets]:

@@ -1,4 +1,4 @@
-"""Run a function in n processes that can talk to each other, in a twentieth of a second, and get n results back.
+"""Run a function in n processes that can talk to each other, in a tenth of a second, and get n results back.
 
     def mean(x):                                            # runs once in each process, a *rank*
         dist.all_reduce(x)                                  # the default process group is ready
@@ -23,9 +23,9 @@ first failure ends the launch, and the echoes are named in one line each:
 are when the caller is killed, even by kill -9.
 
 Cost:
-    On two idle cores about 0.05 s for 2 ranks and 0.1 s for 4; the first launch of a process also waits for a fresh
-    Python to import torch, 2 s or more. A collective called through torch.distributed costs 2 to 4 µs more, to write
-    down where the rank is.
+    About a tenth of a second for 2 ranks on two cores, more with more ranks than cores. The first launch of a process
+    also waits for a fresh Python to import torch, with what a first optimizer needs: some seconds. A collective called
+    through torch.distributed costs a few µs more, to write down where the rank is.
 
 Communication:
     The function and its arguments are copied once; a result of b bytes takes 3 b on its way: pickled, sent, unpickled.
@@ -71,6 +71,7 @@ __all__ = ["LaunchError", "launch", "note"]
 
 MOST_RANKS = 128
 GRACE_S = 0.1  # after a failure: for ranks that fail at the same moment
+LONGEST_S = 3650 * 86400.0  # ten years stand for no limit: a larger one overflows inside torch
 ECHO_GRACE_S = 2.0  # after a failure that looks like the echo of another: until that one is known
 
 
@@ -81,7 +82,7 @@ class LaunchError(RuntimeError):
     kind:           "raised", "died" or "hung".
     rank_traceback: of that rank: of its exception, or its stack when it crashed or hung; may be empty.
 
-    `__cause__` is the exception that the rank raised, if it could be sent.
+    `__cause__` is the exception that the rank raised; if it cannot be sent, a RuntimeError that says what it said.
     """
 
     def __init__(self, message: str, rank: int = -1, kind: str = "raised", rank_traceback: str = "") -> None:
@@ -112,9 +113,11 @@ def launch(
     them gets all the results; failures are torchrun's to handle.
 
     LaunchError if a rank raises, dies or hangs; then no rank is left running. ValueError or TypeError if the arguments
-    make no sense, or `fn` or its arguments cannot be sent.
+    make no sense, or `fn` or its arguments cannot be sent. If `sys.stdout` is an object whose `write` raises, that
+    error, when all ranks are gone.
     """
     backend = _check(fn, n, timeout, backend, threads)
+    timeout = LONGEST_S if timeout is None else min(timeout, LONGEST_S)
     if "TORCHELASTIC_RUN_ID" in os.environ and not _notes.inside_launch():
         return _under_torchrun(fn, n, args, timeout, backend, threads)
     try:
@@ -137,9 +140,11 @@ def launch(
         } | surroundings()
         try:
             running.start(request)
-            return running.results()
+            results = running.results()
         finally:
             running.close()
+        running.check_outputs()
+        return results
 
 
 def _check(fn: Any, n: Any, timeout: Any, backend: str | None, threads: Any) -> str:
@@ -207,7 +212,7 @@ class _Rank:
 class _Launch:
     """The caller's side of one launch: sends it off, collects, decides what went wrong, and sees that all is gone."""
 
-    def __init__(self, folder: Path, n: int, timeout: float | None) -> None:
+    def __init__(self, folder: Path, n: int, timeout: float) -> None:
         self.folder = folder
         self.timeout = timeout
         self.supervisor, self.supervisor_end = socket.socketpair()
@@ -223,16 +228,18 @@ class _Launch:
         _notes.create(folder / "notes", n)
 
     def start(self, request: dict[str, Any]) -> None:
-        """Have the server make the ranks."""
+        """Have the server make the ranks; if it turns out to be dead, another one."""
         flush()
-        server = Server.current(request["environ"])
-        descriptors = [output.far for output in self.outputs] + [far.fileno() for far in self.far_ends]
         try:
-            server.hand_over(self.supervisor_end)
-            self.supervisor_end.close()
-            send_request(self.supervisor, request, descriptors)
-        except OSError as error:
-            raise RuntimeError(f"the launch server ended unexpectedly ({error}); try again") from error
+            self._ask(request)
+        except OSError:  # it was killed, perhaps a moment ago; nothing has run yet
+            for end in (self.supervisor, self.supervisor_end):
+                end.close()
+            self.supervisor, self.supervisor_end = socket.socketpair()
+            try:
+                self._ask(request)
+            except OSError as error:
+                raise RuntimeError(f"the launch server ended twice before it forked ({error})") from error
         for far in self.far_ends:
             far.close()
         for output in self.outputs:
@@ -244,9 +251,21 @@ class _Launch:
             if output.near is not None:
                 self.selector.register(output.near, selectors.EVENT_READ, lambda output=output: self._print(output))
 
+    def _ask(self, request: dict[str, Any]) -> None:
+        """Hand the request to the server; an OSError if that died before it forked."""
+        server = Server.current(request["environ"])
+        descriptors = [output.far for output in self.outputs] + [far.fileno() for far in self.far_ends]
+        try:
+            server.hand_over(self.supervisor_end)
+            self.supervisor_end.close()
+            send_request(self.supervisor, request, descriptors)
+        except OSError:
+            server.settle()
+            raise
+
     def results(self) -> list[Any]:
         """What each rank returned; LaunchError if one did not."""
-        deadline = math.inf if self.timeout is None else time.monotonic() + self.timeout
+        deadline = time.monotonic() + self.timeout
         while not all(rank.result is not None for rank in self.ranks):
             now = time.monotonic()
             failed = self._failed()
@@ -259,6 +278,7 @@ class _Launch:
             else:
                 until = deadline
             self._hear(min(until - now, 3600.0))
+            self.check_outputs()
         loaded = []
         for number, rank in enumerate(self.ranks):
             assert rank.result is not None
@@ -297,6 +317,12 @@ class _Launch:
             output.close()
         self.selector.close()
         self.supervisor.close()
+
+    def check_outputs(self) -> None:
+        """Raise what the caller's stdout or stderr has raised."""
+        for output in self.outputs:
+            if output.error is not None:
+                raise output.error
 
     # What the others say.
 
@@ -393,9 +419,8 @@ class _Launch:
             assert other is not None
             lines += [""] * (number == others[0]) + [f"then rank {number}: {_shorten(other.summary)}"]
         error = LaunchError("\n".join(lines), first, failure.kind, failure.trace)
-        if failure.pickled is not None:
-            with contextlib.suppress(Exception):
-                error.__cause__ = _travel.loads(failure.pickled)
+        if failure.kind == "raised":
+            error.__cause__ = _cause(failure)
         return error
 
     def _hang(self) -> LaunchError:
@@ -440,6 +465,16 @@ class _Launch:
         return ""
 
 
+def _cause(failure: _Failure) -> BaseException:
+    """The exception that a rank raised, or what stands for one that does not travel."""
+    if failure.pickled is not None:
+        with contextlib.suppress(Exception):  # of a class that is known only there
+            found: BaseException = _travel.loads(failure.pickled)
+            return found
+    said = failure.summary.removeprefix("raised ")
+    return RuntimeError(f"{said} (in place of the exception itself, which could not be sent)")
+
+
 def _readable(dump: str) -> str:
     """Faulthandler's dump as frames with their source lines; threads that are only ours are left out."""
     threads: list[list[str]] = []
@@ -475,7 +510,7 @@ def _shorten(text: str, most: int = 200) -> str:
 
 
 def _under_torchrun(
-    fn: Callable[..., T], n: int, args: tuple[Any, ...], timeout: float | None, backend: str, threads: int
+    fn: Callable[..., T], n: int, args: tuple[Any, ...], timeout: float, backend: str, threads: int
 ) -> list[T]:
     import torch
     import torch.distributed as dist
@@ -486,9 +521,7 @@ def _under_torchrun(
     if not dist.is_initialized():
         if "nccl" in backend:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(
-            backend, timeout=timedelta(days=3650) if timeout is None else timedelta(seconds=timeout)
-        )
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
         atexit.register(_leave)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -41,8 +41,8 @@ Memory:
 
 Papers:
     Pillai et al. 2014, "All File Systems Are Not Created Equal", OSDI (which orders of writing survive a crash).
-    Lian et al. 2024, arXiv:2406.18820, section 3 (checkpoints that do not depend on how the state was sharded).
-    Wan et al. 2024, arXiv:2407.20143, section 3 (tensors as ranges of numbers; resharding when loading).
+    Lian et al. 2024, arXiv:2406.18820 (checkpoints that do not depend on how the state was sharded).
+    Wan et al. 2024, arXiv:2407.20143 (tensors as ranges of numbers; resharding when loading).
 
 See also:
     `mlsys.parallel.zero`, `mlsys.parallel.zero3` (whose pieces are saved), `mlsys.models.training` (one process, one

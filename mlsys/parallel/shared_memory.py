@@ -84,7 +84,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlsys.parallel._segment import OPS, Call, DifferentCallsError, Segment
+from mlsys.parallel._p2p import special
+from mlsys.parallel._segment import OPS, Call, DifferentCallsError, Segment, patience
 
 __all__ = ["DifferentCallsError", "SharedMemory"]
 
@@ -92,7 +93,6 @@ __all__ = ["DifferentCallsError", "SharedMemory"]
 SLOT_BYTES = 1 << 20
 # An all-reduce of no more than this, over all ranks, takes one crossing: summing it n times is cheaper than a second.
 SMALL_BYTES = 128 << 10
-TIMEOUT = 300.0  # seconds; that of `launch`
 CACHE_LINE = 64  # bytes: parts start on one, so that no two ranks write the same
 
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
@@ -115,13 +115,14 @@ class SharedMemory:
 
     Tensors are contiguous, on the CPU, and taken flat; sizes are in elements, and a rank's part may be empty.
     `slot_bytes`, the same on all ranks, is how much of a vector is in flight at a time. A call raises TimeoutError if a
-    rank has not come within `timeout` seconds (None: 300), and before that if one has ended; the object is of no use
-    after that. It raises ValueError on every rank if the ranks call different things, or if one refuses its arguments;
-    then nothing is written and the object stays good. One thread may use it at a time.
+    rank has not come within `timeout` seconds (None: as many as the group's own collectives wait), and before that if
+    one has ended; the object is of no use after that. It raises ValueError on every rank if the ranks call different
+    things, or if one refuses its arguments; then nothing is written and the object stays good. One thread may use it at
+    a time.
     """
 
     def __init__(self, group: Any = None, *, slot_bytes: int = SLOT_BYTES, timeout: float | None = None) -> None:
-        timeout = TIMEOUT if timeout is None else timeout
+        timeout = patience(group) if timeout is None else timeout
         if not timeout > 0:
             raise ValueError(f"timeout={timeout} must be more than 0 seconds")
         if isinstance(slot_bytes, bool) or not isinstance(slot_bytes, int) or slot_bytes < 4096 or slot_bytes % 4096:
@@ -340,6 +341,22 @@ class SharedMemory:
 
         self._run(call, count, copy_in, copy_out)
 
+    def exchange(self, row: Tensor, plan: Call) -> Tensor:
+        """The `row` of every rank, int64, one after the other: what they compare before `plan`, a call by messages.
+
+        A row has at most as many elements as there are ranks, or `_segment.ROW`.
+        """
+        everyone = self._run(plan._replace(planned=True), 1, sizes=row.numpy())
+        return torch.from_numpy(everyone[:, : row.numel()].copy())
+
+    def refuse(self, operation: str) -> None:
+        """Take part in what the others call, to tell them that the arguments of this rank's `operation` were refused.
+
+        Raises nothing: this rank has an error of its own.
+        """
+        with contextlib.suppress(ValueError, RuntimeError, OSError):
+            self._run(Call(operation, refused=True), 1)
+
     def close(self) -> None:
         """Let go of the memory: of this rank's mapping only, so that others may still be at their last call."""
         self._segment.close()
@@ -395,7 +412,8 @@ class SharedMemory:
         function = _FUNCTIONS[op]
         if result.dtype in _HALVES and (op == "mean" or (op in ("sum", "product") and len(operands) > 2)):
             if self._scratch.numel() < result.numel():
-                self._scratch = torch.empty(result.numel())
+                with torch.inference_mode(False):  # or a later call outside of that mode could not write to it
+                    self._scratch = torch.empty(result.numel())
             total = self._scratch[: result.numel()]
             total.copy_(operands[0])
             for operand in operands[1:]:
@@ -473,8 +491,7 @@ class _Refusal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, Exception):
-            with contextlib.suppress(ValueError, RuntimeError, TimeoutError):  # the first error is the one to raise
-                self._memory._run(Call(self._operation, refused=True), 1)
+            self._memory.refuse(self._operation)
 
 
 def _flat(name: str, tensor: Tensor) -> Tensor:
@@ -482,6 +499,9 @@ def _flat(name: str, tensor: Tensor) -> Tensor:
         raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
     if not tensor.is_cpu:
         raise ValueError(f"{name} is on {tensor.device}: shared memory serves tensors on the CPU; copy it there")
+    reason = special(name, tensor)
+    if reason:
+        raise ValueError(reason)
     if tensor.layout != torch.strided or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
         raise ValueError(
             f"{name} of shape {tuple(tensor.shape)} is not contiguous memory: pass {name}.contiguous(), and copy the "

@@ -22,9 +22,16 @@ What a row of the book says:
 `sent` is *counted* where messages can be seen: this library's collectives send them one by one. What the backend does
 inside one of its collectives cannot be seen. There `sent` is *computed*, for the algorithms that backends take for
 large vectors: what `mlsys.perf.collectives` says of a ring, or of pairwise exchange for an all-to-all; for a broadcast
-or a reduction to one rank, what this rank sends along a binomial tree. `Row.counted` tells which. Through shared
-memory nothing is sent at all: `sent` is then what other ranks read of this rank's bytes, which for an all-reduce is
-2S(n−1)/n like a ring's.
+or a reduction to one rank, what this rank sends along a binomial tree. `Row.counted` tells which.
+
+Through shared memory nothing is sent at all. `sent` is then the bytes that other ranks read of what this rank wrote,
+once for each that reads them (`shared_memory_sent`). For S bytes over n ranks, of which this rank's part is s:
+
+    all_reduce      S(n−1) in one crossing (small vectors), S − s + s(n−1) in two: 2S(n−1)/n if parts are equal
+    reduce_scatter  S − s
+    all_gather      s(n−1)
+    broadcast       S(n−1) from the source, 0 from the others
+    all_to_all      S − s, where S and s are what this rank sends to all and to itself
 
 Left out: the headers by which `check=True` finds out that ranks disagree, and messages that go to the backend past
 the dispatcher, such as the rendezvous before the first call.
@@ -61,6 +68,8 @@ from torch import Tensor
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
+from mlsys.parallel._call import Call
+from mlsys.parallel.shared_memory import SMALL_BYTES, _segments, _whole_lines
 from mlsys.perf import collectives as perf
 
 P = ParamSpec("P")
@@ -221,22 +230,57 @@ def collective(operation: str, algorithm: str, nbytes: float, n: int) -> context
     return _within(books, (operation, algorithm, n), nbytes) if books else _NOTHING
 
 
-def note(operation: str, algorithm: str, nbytes: float, n: int, *, sent: float | None = None) -> None:
+def note(
+    operation: str, algorithm: str, nbytes: float, n: int, *, sent: float | Callable[[], float] | None = None
+) -> None:
     """Tell the ledgers of a collective that no message shows, such as one through shared memory.
 
-    `nbytes` is the size of the whole vector, `n` the ranks, `sent` what this rank sent (by default as a ring would).
-    Within `collective` it is a part of that one, and adds only what was sent.
+    `nbytes` is the size of the whole vector, `n` the ranks, `sent` what this rank sent, or a function that finds it out
+    and is called only if a ledger is open (None: as a ring would). Within `collective` it is a part of that one, and
+    adds only what was sent.
     """
     books = _books()
     if not books:
         return
     inside = _INSIDE.get()
-    moved = _ring(operation, n, nbytes, 0, 0) if sent is None else sent
+    if sent is None:
+        moved = _ring(operation, n, nbytes, 0, 0)
+    else:
+        moved = sent() if callable(sent) else sent
     for book in books:
         if inside is None:
             book._add((operation, algorithm, n), 1, nbytes, moved, counted=sent is not None)
         elif inside.key is not None:
             book._add(inside.key, 0, 0, moved, counted=sent is not None)
+
+
+def shared_memory_sent(call: Call, rank: int, n: int, slot_bytes: int) -> int:
+    """Bytes that the other ranks read of what `rank` wrote into its slots, of n ranks with slots of `slot_bytes`.
+
+    The parts of an all-reduce are those of `SharedMemory.all_reduce`: whole cache lines, so the last may be shorter.
+    """
+    itemsize = call.dtype.itemsize
+    if n == 1:
+        return 0
+    if call.operation == "broadcast":
+        return call.nbytes * (n - 1) if rank == call.root else 0
+    if call.operation == "reduce_scatter":
+        return call.nbytes - call.sizes[rank] * itemsize
+    if call.operation == "all_gather":
+        return call.sizes[rank] * itemsize * (n - 1)
+    if call.operation == "all_to_all":
+        return call.nbytes - call.sent_sizes[rank] * itemsize
+    if call.operation == "barrier":
+        return 0
+    if n * call.nbytes <= SMALL_BYTES and call.nbytes <= slot_bytes:
+        return call.nbytes * (n - 1)
+    count, width = _segments(call.elements, slot_bytes, itemsize)
+    part = 0
+    for k in range(count):
+        segment = min(max(call.elements - k * width, 0), width)
+        size = _whole_lines(-(-segment // n), itemsize)
+        part += min((rank + 1) * size, segment) - min(rank * size, segment)
+    return call.nbytes + part * itemsize * (n - 2)
 
 
 def uncounted() -> contextlib.AbstractContextManager[None]:

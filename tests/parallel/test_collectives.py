@@ -6,6 +6,7 @@ bits. A launch runs many cases, and each rank returns what was wrong with them.
 
 import hashlib
 import random
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -15,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mlsys.parallel import _choose, _measure, _p2p, traffic
+from mlsys.parallel import _backend, _choose, _measure, _p2p, traffic
 from mlsys.parallel import collectives as c
 from mlsys.parallel.launcher import launch
 from mlsys.perf import collectives as perf
@@ -440,11 +441,100 @@ def test_asynchronous_collectives_run_in_order_and_raise_when_waited_for():
     launch(asynchronous, 3)
 
 
+def beginnings():
+    """Rank 1 comes to both collectives only when rank 0 has begun both."""
+    rank, n, other = dist.get_rank(), dist.get_world_size(), dist.new_group()
+    with c.Communicator(shared_memory=False, links=c.Links()) as group:
+        one, two = torch.ones(10), torch.ones(10)
+        if rank == 1:
+            dist.barrier(other)
+        works = [c.all_reduce(tensor, group, algorithm="backend", async_op=True, check=False) for tensor in (one, two)]
+        if rank == 0:
+            dist.barrier(other)
+        for work in works:
+            work.wait()
+    return one.eq(n).all() and two.eq(n).all()
+
+
+def test_backend_collectives_begin_while_those_before_them_run():
+    assert launch(beginnings, 2, timeout=30) == [True, True]
+
+
+def inference():
+    """Tensors of inference mode inside of it, also in the thread; and what was kept from there, outside."""
+    rank, n, found = dist.get_rank(), dist.get_world_size(), []
+    with c.Communicator() as group:
+        for inside in (True, False):
+            with torch.inference_mode(inside):
+                for name in ("ring", "backend", "shared_memory"):
+                    tensor, part = torch.ones(3 * n, dtype=torch.bfloat16), torch.empty(3, dtype=torch.bfloat16)
+                    c.reduce_scatter(part, tensor, group, op="mean", algorithm=name)
+                    c.all_reduce(tensor, group, algorithm=name, op="sum", async_op=True).wait()
+                    found += [part.eq(1).all(), tensor.eq(n).all()]
+        with torch.inference_mode():
+            made = torch.full((2,), rank)
+        whole = torch.empty(2 * n, dtype=made.dtype)
+        c.all_gather(whole, made, group)  # what is only read may be of any mode
+        found.append(whole.tolist() == [rank for rank in range(n) for _ in range(2)])
+    return all(found)
+
+
+def test_inference_mode():
+    assert launch(inference, 3) == [True] * 3
+
+
+def largest():
+    """Per group, op and dtype: NaN where a rank has one; and whether the backend still serves integers and sums."""
+    rank, n, wrong = dist.get_rank(), dist.get_world_size(), []
+    with c.Communicator(shared_memory=False) as messages:
+        for group in (None, messages):
+            for op in ("max", "min"):
+                for dtype in FLOATS:
+                    tensor = torch.ones(2 * n, dtype=dtype)
+                    tensor[rank] = float("nan")
+                    part = torch.empty(2, dtype=dtype)
+                    c.reduce_scatter(part, tensor, group, op=op)
+                    c.all_reduce(tensor, group, op=op)
+                    want = [index < n for index in range(2 * n)]
+                    if tensor.isnan().tolist() != want or part.isnan().tolist() != want[2 * rank : 2 * rank + 2]:
+                        wrong.append((group, op, dtype))
+    with traffic.ledger() as book:
+        c.all_reduce(torch.ones(2), op="max")
+        c.all_reduce(torch.ones(2), op="sum")
+        c.all_reduce(torch.ones(2, dtype=torch.int32), op="max")
+        c.all_reduce(torch.ones(2), op="max", algorithm="backend")  # who asks for it gets it
+    return wrong, {row.algorithm: row.calls for row in book.rows}
+
+
+def test_largest_and_smallest_keep_nan():
+    for wrong, calls in launch(largest, 2):
+        assert wrong == []
+        assert calls.pop("backend") == 3
+        assert list(calls.values()) == [1]
+
+
 # --- ranks that disagree ----------------------------------------------------------------------------------------------
 
 
 def zeros(*shape, dtype=torch.float32):
     return torch.zeros(shape, dtype=dtype)
+
+
+def nested():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is a prototype, and says so
+        return torch.nested.nested_tensor([zeros(12)])
+
+
+def quantized():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch means to do without them one day
+        return torch.quantize_per_tensor(zeros(12), 0.1, 0, torch.qint8)
+
+
+def inferred():
+    with torch.inference_mode():
+        return zeros(12)
 
 
 # What every rank calls, what rank 1 calls, and what everyone is told.
@@ -505,6 +595,13 @@ REFUSED = {
         "can be moved but not reduced: convert to",
     ),
     "type": (lambda group: c.all_reduce([1.0], group), "tensor must be a tensor, got list"),
+    "nested": (lambda group: c.all_reduce(nested(), group), "tensor is a nested tensor: pass the tensors of"),
+    "quantized": (lambda group: c.all_reduce(quantized(), group), "pass tensor.int_repr()"),
+    "inference": (lambda group: c.all_reduce(inferred(), group), "made in torch.inference_mode"),
+    "error of its own": (
+        lambda group: c.all_gather(zeros(12), zeros(4), group, sizes=(4 // zero for zero in (0, 0, 0))),
+        "division",
+    ),
     "indivisible": (
         lambda group: c.reduce_scatter(zeros(4), zeros(13), group),
         "input has 13 elements, which 3 ranks do not divide: pass sizes=[…]",
@@ -522,11 +619,12 @@ def disagree(kind):
     for name, (usual, odd) in cases.items():
         try:
             (odd if rank == 1 else usual)(group)
-        except (ValueError, TypeError) as error:
+        except Exception as error:
             told[name] = f"{error}"
-        after = torch.ones(100)
-        c.all_reduce(after, group)
-        assert after.eq(dist.get_world_size()).all()
+        for algorithm in ("auto", "ring"):
+            after = torch.ones(100)
+            c.all_reduce(after, group, algorithm=algorithm)
+            assert after.eq(dist.get_world_size()).all()
     return told
 
 
@@ -541,6 +639,9 @@ def test_disagreement_is_an_error_on_every_rank_and_nothing_is_broken(kind):
         for told in (ranks[0], ranks[2]):
             assert "rank 1" in told[name]
             assert "refused" in told[name]
+            own = {"indivisible": "reduce_scatter", "error of its own": "all_gather"}.get(name, "all_reduce")
+            assert own in told[name]
+            assert "broadcast" not in told[name]
 
 
 def alone():
@@ -579,6 +680,83 @@ def broken():
 
 def test_a_communicator_that_timed_out_is_of_no_more_use():
     launch(broken, 2)
+
+
+def late():
+    """Of rank 0, whose backend waits in vain: what plain groups and communicators raise."""
+    groups = [dist.new_group(timeout=timedelta(seconds=2)) for _ in range(3)]
+    one, two = (c.Communicator(group, shared_memory=False, links=c.Links()) for group in groups[1:])
+    said = []
+    if dist.get_rank() == 0:
+        options = {"algorithm": "backend", "check": False}
+        works = [c.all_reduce(torch.zeros(10), group, async_op=True, **options) for group in (groups[0], one)]
+        calls = [*(work.wait for work in works), lambda: c.all_reduce(torch.zeros(10), two, **options)]
+        for call in calls:
+            try:
+                call()
+            except OSError as error:
+                said.append((type(error), str(error)))
+        for group in (one, two):
+            with pytest.raises(RuntimeError, match="make a new one: rank 0 waited in vain"):
+                c.barrier(group)
+            with pytest.raises(ValueError, match="op='avg'"):  # refused here, and nobody is told
+                c.all_reduce(torch.zeros(10), group, op="avg")
+            group.close()
+    dist.barrier()
+    return said
+
+
+def test_the_backend_times_out_like_messages():
+    said, _ = launch(late, 2)
+    assert len(said) == 3
+    for kind, text in said:
+        assert kind is TimeoutError
+        assert text.startswith("rank 0 waited in vain in all_reduce(op='sum') of 10 float32 elements, backend")
+
+
+def lost():
+    """A connection that is gone when a collective of the backend begins."""
+    with c.Communicator(shared_memory=False, links=c.Links()) as group:
+        with mock.patch.object(_backend, "_begun", side_effect=RuntimeError("Connection closed by peer")):
+            for there in (None, group):
+                with pytest.raises(ConnectionError, match=r"could not finish all_reduce.*has a rank ended\?"):
+                    c.all_reduce(torch.zeros(10), there, algorithm="backend")
+        with pytest.raises(RuntimeError, match=r"make a new one: rank . could not finish"):
+            c.barrier(group)
+        dist.barrier()
+
+
+def test_the_backend_loses_a_connection_like_messages():
+    launch(lost, 2)
+
+
+def planned():
+    """What is said of a rank that does not come to a call by messages, of ranks that also share memory."""
+    group = c.Communicator(dist.new_group(timeout=timedelta(seconds=2)), links=c.Links())
+    said = None
+    c.all_reduce(torch.zeros(7), group, algorithm="ring")
+    if dist.get_rank() == 0:
+        with pytest.raises(TimeoutError) as caught:
+            c.broadcast(torch.zeros(10), group, src=1, algorithm="tree")
+        said = str(caught.value)
+    dist.barrier()
+    return group.shared.timeout, said
+
+
+def test_shared_memory_waits_as_long_as_its_group_and_names_the_call():
+    (seconds, said), _ = launch(planned, 2)
+    assert seconds == 2
+    assert said.startswith("broadcast of 10 float32, src=1, by messages (call 2), rank 0: waited 2")
+    assert "rank 1 has not come; it was last seen in call 1, all_reduce of 7 float32, op='sum', by messages" in said
+
+
+def patience():
+    with c.Communicator(links=c.Links()) as group:
+        return group.shared.timeout
+
+
+def test_without_a_limit_shared_memory_has_none():
+    assert min(launch(patience, 2, timeout=None)) > 365 * 24 * 3600
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def average(compressor, gradient, shapes=None, key=0, book=None):
     if book is not None:
         book.extend(sent.rows)
     same = on_all(estimate)
-    assert torch.equal(same, same[:1].expand_as(same)), "ranks differ"
+    torch.testing.assert_close(same, same[:1].expand_as(same), rtol=0, atol=0, equal_nan=True, msg="ranks differ")
     return estimate
 
 
@@ -106,6 +106,64 @@ def not_a_number_does_not_stay():
     gradient[3] = math.inf
     assert not average(compressor, gradient).isfinite().all()
     assert average(compressor, random_gradient(100, seed=1)).isfinite().all()
+
+
+def one_infinite_step_is_as_if_it_had_not_been():
+    """All ranks see it and leave it out; then residuals, factors and weights are those of a run without it."""
+    n, rank = dist.get_world_size(), dist.get_rank()
+    targets = torch.randn(n, 12, 9, generator=torch.Generator().manual_seed(3))
+
+    def train(compress, bad):
+        module = nn.ParameterList([torch.zeros(12, 9), torch.zeros(9)])
+        model = DataParallel(module, compress=compress, algorithm="backend")
+        losses = []
+        for step in range(6):
+            model.zero_grad()
+            if step == 2 and bad is None:
+                continue
+            loss = (module[0] + module[1] - targets[rank]).square().sum() / 2
+            # Most of the gradient, more than TopK sends; on the last rank alone.
+            factor = bad if step == 2 and rank == n - 1 else 1.0
+            (loss if factor == 1 else loss + factor * module[0][2:].sum()).backward()
+            finite = all(p.grad.isfinite().all() for p in module)
+            alike = on_all(torch.tensor([float(finite)]))
+            assert alike.tolist() == [[float(step != 2)]] * n, (type(compress), bad, step)
+            if finite:
+                losses.append(on_all(loss.detach()).mean().item())
+                with torch.no_grad():
+                    for parameter in module:
+                        parameter -= 0.05 * parameter.grad
+        model.close()
+        kept = [*getattr(compress, "_residuals", {}).values(), *getattr(compress, "_factors", {}).values()]
+        assert losses == sorted(losses, reverse=True), losses
+        return [*module, *kept]
+
+    for make in (
+        BF16,
+        lambda: TopK(0.1),
+        lambda: TopK(1.0),
+        lambda: TopK(0.1, error_feedback=False),
+        lambda: PowerSGD(1),
+        lambda: PowerSGD(1, error_feedback=False),
+    ):
+        want = train(make(), None)
+        for bad in (math.inf, -math.inf, math.nan):
+            for got, one in zip(train(make(), bad), want, strict=True):
+                assert torch.equal(got, one), (type(make()), bad)
+
+
+def finite_gradients_that_overflow():
+    """In a factor, in the rounding of the product, and of a sent number: again the state stays as it was."""
+    for make in (lambda: PowerSGD(1), lambda: TopK(0.5)):
+        for dtype, large in ((torch.float32, 3e38), (torch.float16, 6e4)):
+            compressor = make()
+            average(compressor, random_gradient(120, dtype=dtype), [(12, 10)])
+            compressor._residuals[0].fill_(large)
+            state = [*compressor._residuals.values(), *getattr(compressor, "_factors", {}).values()]
+            before = [tensor.clone() for tensor in state]
+            assert not average(compressor, torch.full((120,), large, dtype=dtype), [(12, 10)]).isfinite().all()
+            after = [*compressor._residuals.values(), *getattr(compressor, "_factors", {}).values()]
+            assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
 
 
 def power_sgd():
@@ -210,6 +268,8 @@ def run_all():
     top_k()
     what_is_not_sent_is_sent_later()
     not_a_number_does_not_stay()
+    one_infinite_step_is_as_if_it_had_not_been()
+    finite_gradients_that_overflow()
     power_sgd()
     in_data_parallel()
     return converges_with_feedback_only(), power_sgd_on_resnet_18() if dist.get_world_size() == 2 else None

@@ -12,10 +12,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mlsys.parallel import launch
-from mlsys.parallel.collectives import Communicator
+from mlsys.parallel.collectives import Communicator, Links
 from mlsys.parallel.data_parallel import STRATEGIES, DataParallel
 from mlsys.parallel.traffic import ledger
 from mlsys.perf import zero
+from mlsys.perf.collectives import ALGORITHMS
 
 SMALL = {"bucket_mb": 1e-3, "first_bucket_mb": 3e-4}  # about a layer of the models below
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
@@ -572,7 +573,7 @@ def sends_what_the_formula_says():
     numbers = sum(p.numel() for p in module.parameters()) + len(list(module.parameters()))  # one flag a parameter
     _, part = batch(dtype=torch.float32)
     for strategy in STRATEGIES:
-        model = wrap(copy.deepcopy(module), strategy=strategy)
+        model = wrap(copy.deepcopy(module), strategy=strategy, group=None, algorithm="backend")
         for _ in range(2):
             with ledger() as book:
                 loss_of(model(part)).backward()
@@ -596,6 +597,88 @@ def given_groups():
         model.close()
     with pytest.raises(ValueError, match="strategy='ring'"):
         DataParallel(mlp(), strategy="ring")
+
+
+@scenario
+def each_algorithm_of_all_reduces():
+    whole, part = batch()
+    for algorithm in ("auto", *ALGORITHMS["all_reduce"], "shared_memory", "backend"):
+        oracle, model = pair(nn.Sequential(mlp(), nn.BatchNorm1d(3, affine=False).double()), algorithm=algorithm)
+        oracle.eval()
+        model.eval()  # which sends no buffers by itself
+        for _ in range(2):
+            oracle.zero_grad()
+            model.zero_grad()
+            model.sync_buffers()
+            loss_of(oracle(whole)).backward()
+            (loss_of(model(part)) * model.scale(1)).backward()
+            same_gradients(oracle, model)
+        same_everywhere(model)
+        with ledger() as book:
+            loss_of(model(part)).backward()
+        if algorithm != "auto" and dist.get_world_size() > 1:
+            assert {row.algorithm for row in book.rows} == {algorithm}
+        model.close()
+    with pytest.raises(ValueError, match="algorithm='pairwise' is not known"):
+        wrap(mlp(), algorithm="pairwise")
+    if dist.get_world_size() > 1:  # refused where it is made, not in a hook
+        with (
+            Communicator(shared_memory=False, links=Links()) as group,
+            pytest.raises(ValueError, match="'shared_memory': that takes a Communicator"),
+        ):
+            wrap(mlp(), group=group, algorithm="shared_memory")
+
+
+@scenario
+def replaced_parameters_are_refused():
+    _, part = batch()
+
+    def layer(net):
+        net[0] = nn.Linear(6, 20).double()
+
+    def parameter(net):
+        net[2].weight = nn.Parameter(net[2].weight.detach().clone())
+
+    def load(net):
+        net.load_state_dict(mlp(seed=3).state_dict(), assign=True)
+
+    def another(net):
+        net.extra = nn.Parameter(torch.zeros(2))
+
+    def fewer(net):
+        net[4].bias = None
+
+    names = {layer: "0.bias, 0.weight", parameter: "2.weight", load: "0.bias.*4.weight", another: "extra", fewer: "4.b"}
+    for replace, name in names.items():
+        for sync in (contextlib.nullcontext, DataParallel.no_sync):
+            model = wrap(mlp())
+            replace(model.module)
+            with sync(model) if sync is DataParallel.no_sync else sync():
+                with pytest.raises(RuntimeError, match=f"^{name}.* changed since DataParallel was made.*make another"):
+                    model(part)
+                with torch.no_grad():  # nothing to average
+                    model(part)
+            model.close()
+    model = wrap(mlp())
+    parameter(model.module)
+    if dist.get_world_size() > 1:  # past the door: the hooks that are left notice
+        with pytest.raises(RuntimeError, match=r"2\.weight changed"):
+            loss_of(model.module(part)).backward()
+    model.close()
+    oracle, model = pair(mlp())
+    state = mlp(seed=3).state_dict()
+    with pytest.raises(ValueError, match=r"assign=True replaces the parameters.*before wrapping"):
+        model.load_state_dict(state, assign=True)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict({})
+    model.load_state_dict({}, strict=False)
+    oracle.load_state_dict(state)
+    model.load_state_dict(state)
+    whole, part = batch()
+    loss_of(oracle(whole)).backward()
+    loss_of(model(part)).backward()
+    same_gradients(oracle, model)
+    model.close()
 
 
 @scenario
@@ -693,6 +776,16 @@ def what_cannot_be_reduced_is_refused():
     for message, module in refused.items():
         with pytest.raises(ValueError, match=message):
             DataParallel(module)
+    expanded = nn.Linear(3, 3)
+    expanded.register_buffer("table", torch.zeros(1).expand(4))
+    with pytest.raises(ValueError, match=r"table of shape \(4,\) is expanded.*\.clone\(\)"):
+        DataParallel(expanded)
+    expanded.table = expanded.table.clone()
+    expanded.single = torch.zeros(1).expand(1)  # of one number: nothing is shared
+    DataParallel(expanded).close()
+    expanded.weight = nn.Parameter(torch.zeros(3, 1).expand(3, 3))
+    with pytest.raises(ValueError, match=r"weight of shape \(3, 3\) is expanded"):
+        DataParallel(expanded)
     for options in ({"bucket_mb": 0}, {"first_bucket_mb": -1}):
         with pytest.raises(ValueError, match="MB above 0"):
             DataParallel(nn.Linear(3, 3), **options)

@@ -64,7 +64,8 @@ def variable(name):
 def nothing_left(tmp_path, monkeypatch):
     """After each test there are no processes, no folders, and no descriptors of a launch."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    launch(int, 1)  # the server and its socket are there to stay
+    if not _caller.servers:
+        launch(int, 1)  # the server and its socket are there to stay
     before = psutil.Process().num_fds()
     yield
     until(lambda: not others(), "all ranks gone")
@@ -110,7 +111,7 @@ def test_lambdas_closures_builtins_methods_and_partials_can_be_launched():
     assert launch("a,b".split, 2, ",") == [["a", "b"], ["a", "b"]]
 
 
-@pytest.mark.parametrize("size", [0, 1, 25_000_000])
+@pytest.mark.parametrize("size", [0, 1, 5_000_000])
 def test_results_of_any_size(size):
     small, large = launch(lambda: torch.full((size,), float(dist.get_rank())), 2)
     assert small.shape == large.shape == (size,)
@@ -207,13 +208,6 @@ def test_launches_from_several_threads_do_not_meet():
     assert results == {name: [[name, name], [name, name]] for name in "abc"}
 
 
-def test_a_rank_may_launch_ranks():
-    def outer():
-        return launch(lambda: dist.get_rank() + 10, 2)
-
-    assert launch(outer, 1) == [[10, 11]]
-
-
 # --- what ranks take over ---------------------------------------------------------------------------------------------
 
 
@@ -235,20 +229,11 @@ def test_ranks_have_the_callers_directory_environment_path_arguments_and_warning
     assert launch(variable, 1, "MLSYS_TEST") == [None]
 
 
-def test_a_variable_that_is_read_at_import_gets_a_server_of_its_own_and_ranks_do_not_outlive_it(monkeypatch):
-    def body():
-        assert os.environ["NUMBA_TEST_OF_LAUNCH"] == "1"
-        os.kill(psutil.Process(os.getppid()).ppid(), signal.SIGKILL)
-        time.sleep(1000)
-
-    before = warm()
-    with monkeypatch.context() as patch:
-        patch.setenv("NUMBA_TEST_OF_LAUNCH", "1")
-        with pytest.raises(LaunchError, match="supervisor was killed") as caught:
-            launch(body, 2)
-    assert caught.value.kind == "died"
-    assert launch(int, 1) == [0]
-    assert _caller.servers == [before]
+def test_a_variable_that_is_read_at_import_needs_a_server_of_its_own():
+    environ = dict(os.environ)
+    assert _caller.Server.current(environ | {"ANY": "1", "OMP_NUM_THREADS": "7"}) is warm()  # set in each rank
+    for name in ("NUMBA_TEST_OF_LAUNCH", "TORCH_LOGS", "PYTHONHASHSEED"):
+        assert _caller._signature(environ | {name: "1"}) != warm().signature
 
 
 def test_ranks_can_be_told_apart_as_under_torchrun():
@@ -311,6 +296,36 @@ def test_output_reaches_an_object_in_place_of_stdout():
     assert err.getvalue() == "oopsoops"
 
 
+class Full(io.StringIO):
+    def write(self, text):
+        raise OSError("disk full")
+
+
+def test_a_stdout_that_raises_ends_the_ranks_first(tmp_path):
+    def body():
+        (tmp_path / str(os.getpid())).touch()
+        dist.barrier()
+        print("x" * 1_000_000)
+        time.sleep(1000)
+
+    with redirect_stdout(Full()), pytest.raises(OSError, match="disk full"):
+        launch(body, 2)
+    pids = [int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()]
+    assert len(pids) == 2
+    assert not any(running(pid) for pid in pids)
+    with redirect_stdout(Full()), pytest.raises(OSError, match="disk full"):
+        launch(print, 1, "heard only after the result, or before")
+
+    def fail():
+        print("x")
+        raise Unlucky
+
+    with redirect_stdout(Full()), pytest.raises((OSError, LaunchError)):
+        launch(fail, 1)
+    with redirect_stdout(Full()):
+        assert launch(int, 2) == [0, 0]  # nobody prints
+
+
 def test_what_a_rank_printed_before_it_was_killed_is_printed(capsys):
     def body():
         print("last words")
@@ -342,10 +357,13 @@ def run_script(text, tmp_path, *, command=(sys.executable,), timeout=120):
 
 
 def test_a_script_without_guard(tmp_path):
+    """At its end it also kills its server: the ranks do not outlive that."""
     done = run_script(
         """
         from dataclasses import dataclass
-        from mlsys.parallel import launch
+        import os, signal, time
+        from pathlib import Path
+        from mlsys.parallel import LaunchError, launch, _caller
         import torch.distributed as dist
 
         @dataclass
@@ -361,11 +379,26 @@ def test_a_script_without_guard(tmp_path):
         print("once")
         results = launch(lambda p: helper(p), 2, Point(5))
         assert results == [Point(5), Point(6)], results
-        print("done")
+
+        def kill(server):
+            Path(str(os.getpid())).touch()
+            dist.barrier()
+            if dist.get_rank() == 0:
+                os.kill(server, signal.SIGKILL)
+            time.sleep(1000)
+
+        try:
+            launch(kill, 2, _caller.servers[0].process.pid)
+        except LaunchError as error:
+            print(error.kind, error)
         """,
         tmp_path,
     )
-    assert (done.stdout, done.stderr, done.returncode) == ("once\ndone\n", "", 0)
+    said = "died the launch's supervisor was killed, and its ranks with it"
+    assert (done.stdout, done.stderr, done.returncode) == (f"once\n{said}\n", "", 0)
+    pids = [int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()]
+    assert len(pids) == 2
+    until(lambda: not any(running(pid) for pid in pids), "ranks gone")
 
 
 def test_code_of_a_notebook_and_its_lines_in_the_traceback():
@@ -420,6 +453,38 @@ def test_what_can_be_imported_goes_by_name_and_nothing_stays_registered():
     assert cloudpickle.list_registry_pickle_by_value() == before
 
 
+def test_threads_that_pack_at_once_do_not_undo_each_others_choice(monkeypatch):
+    made = types.ModuleType("made_by_hand")
+    exec("def f(): return 1\ndef g(): return 2", vars(made))
+    monkeypatch.setitem(sys.modules, "made_by_hand", made)
+    inside, second_inside, first_done = threading.Event(), threading.Event(), threading.Event()
+
+    class First:
+        def __reduce__(self):
+            inside.set()
+            second_inside.wait(0.2)
+            return int, ()
+
+    class Second:
+        def __reduce__(self):
+            second_inside.set()
+            first_done.wait(PATIENCE_S)
+            return int, ()
+
+    def pack_first():
+        _travel.pack([made.f, First()])
+        first_done.set()
+
+    thread = threading.Thread(target=pack_first)
+    thread.start()
+    inside.wait(PATIENCE_S)
+    parcel = _travel.pack([made.f, Second(), made.g])
+    thread.join()
+    monkeypatch.delitem(sys.modules, "made_by_hand")  # as in another process
+    _, _, g = _travel.unpack(parcel)
+    assert g() == 2
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -442,7 +507,9 @@ def test_a_rank_that_raises():
     assert "_server.py" not in str(error)
 
 
-def test_ranks_that_raise_together_are_all_named():
+def test_ranks_that_raise_together_are_all_named(monkeypatch):
+    monkeypatch.setattr(launcher, "GRACE_S", PATIENCE_S)  # however busy the machine is
+
     def body():
         dist.barrier()
         raise ValueError(f"of rank {dist.get_rank()}")
@@ -462,17 +529,50 @@ def test_a_rank_that_works_on_does_not_keep_an_error_waiting():
         launch(body, 2)
 
 
+class Two(Exception):
+    """It cannot be unpickled in the usual way: that calls it with its one `arg`."""
+
+    def __init__(self, step, loss):
+        super().__init__(f"loss {loss} at step {step}")
+        self.step = step
+
+
+def test_an_exception_whose_class_wants_other_arguments_than_it_keeps_is_the_cause_all_the_same():
+    def body():
+        raise Two(3, 0.5)
+
+    with pytest.raises(LaunchError, match=r"rank 0 of 1 raised Two: loss 0\.5 at step 3") as caught:
+        launch(body, 1)
+    cause = caught.value.__cause__
+    assert type(cause) is Two
+    assert (str(cause), cause.step) == ("loss 0.5 at step 3", 3)
+
+
 def test_an_exception_that_cannot_be_sent_is_told_in_words():
     def body():
-        class Odd(Exception):
-            def __init__(self, a, b):
-                super().__init__("odd one")
+        error = Unlucky("odd one")
+        error.lock = threading.Lock()
+        raise error
 
-        raise Odd(1, threading.Lock())
-
-    with pytest.raises(LaunchError, match="raised Odd: odd one") as caught:
+    with pytest.raises(LaunchError, match="raised Unlucky: odd one") as caught:
         launch(body, 1)
-    assert caught.value.__cause__ is None
+    assert type(caught.value.__cause__) is RuntimeError
+    assert str(caught.value.__cause__).startswith("Unlucky: odd one (in place of the exception itself")
+
+
+def test_an_exception_that_cannot_say_what_it_is():
+    class Mute(Exception):
+        def __str__(self):
+            raise KeyError("no words")
+
+    def body():
+        raise Mute
+
+    with pytest.raises(LaunchError, match=r"rank 0 of 1 raised Mute: \(its __str__ raised KeyError\)") as caught:
+        launch(body, 1)
+    assert caught.value.kind == "raised"
+    assert "raise Mute" in caught.value.rank_traceback
+    assert type(caught.value.__cause__).__name__ == "Mute"
 
 
 @pytest.mark.parametrize(
@@ -596,8 +696,9 @@ def test_bad_arguments_are_named(arguments, options, said):
         launch(*arguments, **options)
 
 
-def test_no_limit():
-    assert launch(int, 2, timeout=None) == [0, 0]
+@pytest.mark.parametrize("timeout", [None, 1e15, 10**400], ids=["None", "1e15", "10**400"])
+def test_no_limit(timeout):
+    assert launch(dist.get_rank, 2, timeout=timeout) == [0, 1]
 
 
 def test_a_launch_error_can_be_pickled():
@@ -635,39 +736,89 @@ def running(pid):
         return False
 
 
-def test_a_caller_that_is_killed_leaves_nothing(tmp_path):
-    """The caller is a fork of this process, which also must not take this process's server for its own."""
+def test_a_rank_may_launch_ranks_and_be_killed_and_leaves_nothing(tmp_path, monkeypatch):
+    """A caller that is killed; it is a rank itself, and has a server of its own, in its own environment."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
 
-    def body():
+    def inner(caller):
         pids = [None, None]
         dist.all_gather_object(pids, os.getpid())
-        (tmp_path / "pids").write_text(f"{pids[0]} {pids[1]} {os.getppid()} .")
         if dist.get_rank() == 0:
+            (tmp_path / "pids").write_text(f"{pids[0]} {pids[1]} {os.getppid()}")
+            os.kill(caller, signal.SIGKILL)
             dist.recv(torch.zeros(1), src=1)
         while True:
             time.sleep(1)
 
+    def outer():
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+        assert launch(lambda: (dist.get_rank(), sys.dont_write_bytecode), 2) == [(0, True), (1, True)]
+        (tmp_path / "server").write_text(str(warm_one()))
+        launch(inner, 2, os.getpid(), timeout=None)
+
+    def warm_one():
+        from mlsys.parallel import _caller
+
+        return _caller.servers[0].process.pid
+
+    with pytest.raises(LaunchError, match="rank 0 of 1 was killed by SIGKILL"):
+        launch(outer, 1)
+    pids = [int(word) for name in ("pids", "server") for word in (tmp_path / name).read_text().split()]
+    assert len({*pids, warm().process.pid}) == 5
+    until(lambda: not any(running(pid) for pid in pids), "all of the inner launch gone")
+    until(lambda: not list(tmp_path.glob("mlsys-launch-*")), "folder removed")
+
+
+def test_a_fork_of_the_caller_does_not_take_its_server_for_its_own():
     own = warm()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # this process has threads
-        caller = os.fork()
-    if caller == 0:
-        try:
-            launch(body, 2, timeout=None)
-        finally:
-            os._exit(1)
-    note = tmp_path / "pids"
-    until(lambda: note.exists() and note.read_text().endswith("."), "launched")
-    *ranks, supervisor = (int(word) for word in note.read_text().split()[:-1])
-    server = psutil.Process(supervisor).ppid()
-    assert server != own.process.pid
-    assert all(running(pid) for pid in (*ranks, supervisor, server))
-    os.kill(caller, signal.SIGKILL)
-    os.waitpid(caller, 0)
-    until(lambda: not any(running(pid) for pid in (*ranks, supervisor, server)), "all of the launch gone")
-    until(lambda: not list(tmp_path.glob("mlsys-launch-*")), "folder removed")
+        child = os.fork()
+    if child == 0:
+        os._exit(len(_caller.servers) + 7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     assert launch(int, 1) == [0]
     assert warm() is own
+
+
+# Stand-ins for a warm server that dies at an unlucky moment; each has said that it is ready.
+DYING = {
+    "before": "control.recv(1, socket.MSG_PEEK)",
+    "at once": "control.recv(1)",
+    "with the request": """
+end = socket.socket(fileno=socket.recv_fds(control, 1, 1)[1][0])
+end.recv(12, socket.MSG_WAITALL)
+socket.recv_fds(end, 1, 64)
+end.sendall(b".")
+end.recv(1)
+""",
+}
+
+
+@pytest.mark.parametrize("moment", DYING)
+def test_a_server_that_dies_before_it_forks_is_replaced(moment, monkeypatch):
+    ready = "import os, socket, sys; control = socket.socket(fileno=int(sys.argv[1])); control.sendall(b'+')"
+    own = warm()
+    with monkeypatch.context() as patch:
+        patch.setattr(_caller, "_SERVER", f"{ready}\n{DYING[moment]}\nos._exit(1)")
+        dying = _caller.Server(dict(os.environ), own.signature)
+    _caller.servers.insert(0, dying)
+    assert launch(dist.get_rank, 2) == [0, 1]
+    assert _caller.servers == [own]
+    assert dying.process.returncode == 1
+
+
+def test_a_server_that_always_dies_is_an_error(monkeypatch):
+    class Dead:
+        def hand_over(self, end):
+            raise BrokenPipeError("gone")
+
+        def settle(self):
+            pass
+
+    monkeypatch.setattr(_caller.Server, "current", lambda environ: Dead())
+    with pytest.raises(RuntimeError, match=r"ended twice before it forked \(gone\)"):
+        launch(int, 2)
 
 
 def test_ctrl_c_ends_the_ranks_and_passes_on(tmp_path):
@@ -697,6 +848,50 @@ def test_a_fork_of_a_rank_keeps_nobody_waiting():
     assert launch(body, 2, lambda: None) == [1, 1]
     with pytest.raises(LaunchError, match="exited with status 3"):
         launch(body, 2, lambda: os._exit(3))
+
+
+def test_a_fork_that_returns_into_the_rank_has_no_say(capfd, tmp_path):
+    def body(fail):
+        rank = dist.get_rank()
+        child = os.fork()
+        if child == 0:
+            if fail:
+                raise Unlucky("only the child")
+            return "child"
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return rank, status
+
+    assert launch(body, 2, False) == [(0, 0), (1, 0)]
+    assert capfd.readouterr().err == ""
+    assert launch(body, 1, True) == [(0, 1)]
+    assert "Unlucky: only the child" in capfd.readouterr().err
+
+
+def test_a_rank_that_finishes_when_nobody_listens_says_nothing(capfd):
+    """Its pipe is broken, which is no news: the launch has failed already."""
+
+    def body():
+        if dist.get_rank() == 0:
+            raise Unlucky
+        own = next(c for c in fds() if c)
+        own.recv(1)  # until the caller hangs up
+        return 1
+
+    def fds():
+        for frame in iterate():
+            if frame.f_code.co_name == "run_rank":
+                yield frame.f_locals["own"]
+
+    def iterate():
+        frame = sys._getframe()
+        while frame is not None:
+            yield frame
+            frame = frame.f_back
+
+    for _ in range(3):
+        with pytest.raises(LaunchError, match="rank 0 of 2 raised Unlucky"):
+            launch(body, 2)
+    assert capfd.readouterr().err == ""
 
 
 def test_ranks_do_not_outlive_their_supervisor():

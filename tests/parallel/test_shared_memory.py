@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import gc
 import os
 import random
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import warnings
 from pathlib import Path
 
 import numba
@@ -405,8 +407,16 @@ def test_different_calls_write_nothing():
     assert launch(body, 2) == [{7.0}] * 2
 
 
+def quantized():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch means to do without them one day
+        return torch.quantize_per_tensor(f32(4), 0.1, 0, torch.qint8)
+
+
 BAD = {
     "type": (lambda m: m.all_reduce([1.0]), TypeError, "tensor must be a tensor, not list"),
+    "quantized": (lambda m: m.broadcast(quantized()), ValueError, r"pass tensor\.int_repr\(\)"),
+    "inference": (lambda m: m.all_reduce(torch.inference_mode()(torch.zeros)(3)), ValueError, "torch.inference_mode"),
     "device": (lambda m: m.all_reduce(torch.zeros(2, device="meta")), ValueError, "tensor is on meta.*copy it there"),
     "expanded": (lambda m: m.all_reduce(torch.zeros(1).expand(4)), ValueError, r"pass tensor.contiguous\(\)"),
     "sparse": (lambda m: m.all_reduce(torch.zeros(2).to_sparse()), ValueError, "not contiguous"),
@@ -508,7 +518,24 @@ def test_a_rank_that_has_closed_or_left_is_not_waited_for():
             with pytest.raises(RuntimeError, match="it was closed: make a new one"):
                 memory.barrier()
             return None
-        with pytest.raises(TimeoutError, match="rank 1 has closed its end"):
+        with pytest.raises(TimeoutError, match=r"rank 1 has closed its shared memory$"):
+            memory.barrier()
+        return "told"
+
+    assert launch(body, 2) == ["told", None]
+
+
+def test_forgotten_memory_counts_as_closed():
+    def body():
+        memory = SharedMemory(timeout=60)
+        memory.barrier()
+        if memory.rank == 1:
+            del memory
+            gc.collect()
+            dist.barrier()
+            return None
+        dist.barrier()
+        with pytest.raises(TimeoutError, match="rank 1 has closed its shared memory, or its process has ended"):
             memory.barrier()
         return "told"
 
@@ -578,7 +605,7 @@ def test_a_killed_rank_is_noticed_at_once(tmp_path):
     said = [process.communicate(timeout=100)[0] for process in ranks]
     assert ranks[1].returncode == -signal.SIGKILL
     assert said[0].startswith("True all_reduce of 10000000 float32")
-    assert "rank 1 is gone: its process has ended" in said[0]
+    assert "rank 1 has closed its shared memory, or its process has ended" in said[0]
 
 
 def test_a_second_thread_is_refused():

@@ -10,8 +10,20 @@ from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlsys.parallel import launch, traffic
+from mlsys.parallel._call import Call
+from mlsys.parallel.collectives import (
+    Communicator,
+    Links,
+    all_gather,
+    all_reduce,
+    all_to_all,
+    barrier,
+    broadcast,
+    reduce_scatter,
+)
 from mlsys.parallel.traffic import ledger
 from mlsys.perf import collectives, zero
 
@@ -113,7 +125,7 @@ def messages():
     with ledger() as noted:
         traffic.note("all_reduce", "shared_memory", 1000, n)
         traffic.note("all_reduce", "shared_memory", 1000, n)
-        traffic.note("broadcast", "shared_memory", 600, n, sent=123)
+        traffic.note("broadcast", "shared_memory", 600, n, sent=lambda: 123)
         with traffic.collective("all_reduce", "hierarchical", 1000, n):
             traffic.note("reduce_scatter", "shared_memory", 1000, n, sent=7)
     traffic.note("all_reduce", "shared_memory", 1000, n)  # nobody listens
@@ -122,8 +134,69 @@ def messages():
     return [[*book.rows] for book in (lone, inner, outer, worker, noted)], str(noted)
 
 
+def reading(shared):
+    """A mode that counts, in `of`, the bytes that this rank reads of each rank's slots: what operators are given."""
+
+    class Reads(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.of = [0] * shared.size
+            slots = shared._segment.slots(torch.uint8)
+            self.slots = [(slot.data_ptr(), slot.numel(), rank) for buffer in slots for rank, slot in enumerate(buffer)]
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.copy_.default:
+                read = args[1:2]
+            elif func is torch.ops.aten.add.out:
+                read = args[:2]
+            else:
+                read = ()
+            for tensor in read:
+                for start, length, rank in self.slots:
+                    if start <= tensor.data_ptr() < start + length:
+                        self.of[rank] += tensor.nbytes
+            return func(*args, **(kwargs or {}))
+
+    return Reads()
+
+
+def through_shared_memory():
+    """By name of the call: what the book says that this rank sent, and what it read of each rank."""
+    n, rank = dist.get_world_size(), dist.get_rank()
+    if n == 1:
+        return {}
+    sizes = [50 * r for r in range(n)]  # rank 0 has nothing
+    mine, total = torch.ones(sizes[rank]), torch.ones(sum(sizes))
+    sends, receives = [10 * rank + r for r in range(n)], [10 * r + rank for r in range(n)]
+    found = {}
+    with Communicator(links=Links()) as group:
+        calls = {
+            # One crossing, two, and two in several segments.
+            **{
+                f"all_reduce {size}": lambda size=size: all_reduce(torch.ones(size), group)
+                for size in (0, 1, 1000, 20_001, 700_001)
+            },
+            "reduce_scatter": lambda: reduce_scatter(torch.empty(300_000), torch.ones(300_000 * n), group),
+            "reduce_scatter uneven": lambda: reduce_scatter(mine.clone(), total, group, sizes=sizes),
+            "all_gather": lambda: all_gather(torch.empty(300_000 * n), torch.ones(300_000), group),
+            "all_gather uneven": lambda: all_gather(total.clone(), mine, group, sizes=sizes),
+            "broadcast": lambda: broadcast(torch.ones(300_000), group, src=n - 1),
+            "all_to_all": lambda: all_to_all(torch.empty(70 * n), torch.ones(70 * n), group),
+            "all_to_all uneven": lambda: all_to_all(
+                torch.empty(sum(receives)), torch.ones(sum(sends)), group, output_sizes=receives, input_sizes=sends
+            ),
+            "barrier": lambda: barrier(group),
+        }
+        for name, call in calls.items():
+            with ledger() as book, reading(group.shared) as reads:
+                call()
+            (row,) = book.rows
+            found[name] = (row.operation, row.algorithm, row.sent, row.counted, reads.of)
+    return found
+
+
 def all_of_it():
-    return torch_collectives(), torch_wrappers(), messages()
+    return torch_collectives(), torch_wrappers(), messages(), through_shared_memory()
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3, 4])
@@ -135,7 +208,7 @@ def ranks(request):
 def test_collectives_of_torch(ranks):
     n = len(ranks)
     part, whole = 4 * PART, 4 * PART * n
-    for rank, (seen, _, _) in enumerate(ranks):
+    for rank, (seen, *_) in enumerate(ranks):
         ring = {
             operation: collectives.cost(operation, collectives.ALGORITHMS[operation][0], n, size).bytes_per_rank
             for operation, size in (
@@ -171,14 +244,14 @@ def test_collectives_of_torch(ranks):
 
 def test_broadcast_in_all_is_one_vector_for_every_other_rank(ranks):
     n = len(ranks)
-    sent = [seen["broadcast"][0][-1] for seen, _, _ in ranks]
+    sent = [seen["broadcast"][0][-1] for seen, *_ in ranks]
     assert sum(sent) == 4 * PART * (n - 1)
     assert max(sent) == collectives.cost("broadcast", "tree", n, 4 * PART).bytes_per_rank
 
 
 def test_ddp_sends_what_stage_0_says(ranks):
     n = len(ranks)
-    for _, found, _ in ranks:
+    for _, found, *_ in ranks:
         want = zero.communication(found["ddp numbers"], n, 0, bytes_gradients=4)
         assert [step.get("all_reduce", 0) for step in found["ddp"]] == [pytest.approx(want, rel=1e-12)] * 3
         assert sum(found["ddp"][-1].values()) == pytest.approx(want, rel=1e-12)  # the first steps also set up
@@ -186,7 +259,7 @@ def test_ddp_sends_what_stage_0_says(ranks):
 
 def test_fsdp2_sends_what_stage_3_says(ranks):
     n = len(ranks)
-    for _, found, _ in ranks:
+    for _, found, *_ in ranks:
         want = zero.communication(found["fsdp numbers"], n, 3, bytes_weights=4, bytes_gradients=4)
         assert sum(found["fsdp"][-1].values()) == pytest.approx(want, rel=1e-12)
         assert found["fsdp"][-1].get("reduce_scatter", 0) == pytest.approx(want / 3, rel=1e-12)
@@ -197,7 +270,7 @@ def test_messages_are_counted_where_they_belong(ranks):
     if n == 1:
         return
     once = 4 * PART
-    for _, _, (books, table) in ranks:
+    for _, _, (books, table), _ in ranks:
         lone, inner, outer, worker, noted = books
         assert lone == worker == [traffic.Row("send", "point-to-point", 2, 1, once, once, counted=True)]
         ring = traffic.Row("all_reduce", "ring", n, 1, once, 2 * once, counted=True)
@@ -218,6 +291,25 @@ def test_messages_are_counted_where_they_belong(ranks):
         ]
         assert "2,000" in lines[0]
         assert lines[0].endswith("computed")
+
+
+def test_sent_through_shared_memory_is_what_others_read(ranks):
+    found = [seen for *_, seen in ranks]
+    for name in found[0]:
+        for rank, seen in enumerate(found):
+            operation, algorithm, sent, counted, _ = seen[name]
+            assert (operation, algorithm, counted) == (name.split()[0], "shared_memory", True)
+            assert sent == sum(other[name][-1][rank] for r, other in enumerate(found) if r != rank), (name, rank)
+
+
+def test_sent_through_shared_memory_in_all():
+    """As much as a ring's in all, but for the small all-reduce, which every rank sums for itself."""
+    for n in range(1, 6):
+        for elements in (0, 1, 5, 5000, 100_000, 2_000_003):
+            call = Call("all_reduce", torch.bfloat16, elements, None, None, "sum")
+            total = sum(traffic.shared_memory_sent(call, rank, n, 1 << 20) for rank in range(n))
+            small = n * call.nbytes <= 128 << 10
+            assert total == (n if small else 2) * (n - 1) * call.nbytes
 
 
 def test_book_of_nothing():

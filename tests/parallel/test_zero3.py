@@ -244,7 +244,7 @@ def tie(module):
 
 def spare(module):
     for block in module.blocks:
-        block.spare = nn.Parameter(torch.zeros(1))
+        block.spare = nn.Parameter(torch.zeros(1, dtype=torch.float64))
 
 
 class Twofold(nn.Module):
