@@ -18,7 +18,7 @@ def test_smallest_case_runs_and_agrees(name):
     rows = run(bench, bench.select("quick")[:1], size="quick", smoke=True)
     assert {r.status for r in rows} <= {"smoke", "missing"}, [(r.impl, r.status, r.note) for r in rows]
     assert {"reference", "ours", "peer"} <= {r.role for r in rows}
-    assert all(r.flops > 0 and r.bytes > 0 or r.items > 0 for r in rows)  # starting processes is no computation
+    assert all((r.flops > 0 and r.bytes > 0) or r.items > 0 for r in rows)  # starting processes is no computation
 
 
 @pytest.mark.parametrize("name", NAMES)
