@@ -23,14 +23,6 @@ def check_module(module: nn.Module) -> None:
             raise ValueError(f"parameter {name} has no shape yet: run one batch through the module before wrapping it")
         if parameter.is_meta:
             raise ValueError(f"parameter {name} is on the meta device: give it memory and values before wrapping it")
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if tensor.layout == torch.strided and any(
-            step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
-        ):
-            raise ValueError(
-                f"{name} of shape {tuple(tensor.shape)} is expanded: several of its numbers are one in memory, and "
-                f"rank 0's cannot be copied into it; give it memory of its own with .clone()"
-            )
     if not trainable:
         raise ValueError("no parameter of the module has requires_grad=True: there are no gradients to average")
     devices = {str(p.device) for p in module.parameters()}
@@ -41,6 +33,18 @@ def check_module(module: nn.Module) -> None:
     for name, child in module.named_modules():
         if getattr(child, "sparse", False) is True and isinstance(child, nn.Embedding | nn.EmbeddingBag):
             raise ValueError(f"module {name or type(child).__name__} makes sparse gradients: {DENSE}")
+
+
+def check_memory(module: nn.Module) -> None:
+    """Raise ValueError for a parameter or buffer whose numbers have no places of their own."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.layout == torch.strided and any(
+            step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+        ):
+            raise ValueError(
+                f"{name} of shape {tuple(tensor.shape)} is expanded: several of its numbers are one in memory, and "
+                f"rank 0's cannot be copied into it; give it memory of its own with .clone()"
+            )
 
 
 def agree(module: nn.Module, group: Group) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mlsys.parallel._flat import SPLITS, Flat, Piece, by_elements, by_tensors
-from mlsys.parallel._replicas import agree, check_module
+from mlsys.parallel._replicas import agree, check_memory, check_module
 from mlsys.parallel.collectives import Communicator, all_gather, all_reduce, broadcast, reduce_scatter
 from mlsys.perf.zero import Memory
 
@@ -53,6 +53,7 @@ class Sharded(nn.Module):
             raise ValueError(f"split must be 'elements' or 'tensors', got {split!r}")
         if not (self._takes_meta and any(parameter.is_meta for parameter in module.parameters())):
             check_module(module)
+            check_memory(module)
         agree(module, group)
         self.module, self.dtype, self.split, self.timeline = module, dtype, split, timeline
         self._owns_communicator = not isinstance(group, Communicator)
@@ -135,10 +136,33 @@ class Sharded(nn.Module):
                 self.timeline.add("optimizer", name, began, time.perf_counter())
             self._publish(touched)
 
+        clear = optimizer.zero_grad
+
+        def zero_grad(set_to_none: bool = True) -> None:
+            clear(set_to_none)
+            for flat in touched:  # what `no_sync` has collected is a part of the gradient too
+                flat.forget()
+
+        def add_param_group(group: dict[str, Any]) -> None:
+            raise ValueError(
+                "add_param_group cannot add parameters to an optimizer over pieces: make another one for them, "
+                "model.optimizer(cls, [parameters], …), and step both"
+            )
+
+        optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
+        optimizer.add_param_group = add_param_group  # type: ignore[assignment, method-assign]
         optimizer.register_step_pre_hook(before)
         optimizer.register_step_post_hook(after)
         self._optimizers.append(weakref.ref(optimizer))
         return optimizer
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients: the pieces', and what `no_sync` has collected."""
+        super().zero_grad(set_to_none)
+        for piece in self.pieces():
+            piece.tensor.grad = None
+        for flat in self.flats:
+            flat.forget()
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -65,7 +65,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mlsys.parallel._buckets import Bucket, plan
-from mlsys.parallel._replicas import MB, agree, broadcast_first, check_module
+from mlsys.parallel._replicas import MB, agree, broadcast_first, check_memory, check_module
 from mlsys.parallel.collectives import Communicator, Group, all_reduce, broadcast
 from mlsys.parallel.compress import Compressor
 from mlsys.perf import _checks
@@ -112,6 +112,7 @@ class DataParallel(nn.Module):
             raise TypeError(f"compress={compress!r}: an instance of a Compressor is needed, such as BF16(), or None")
         _checks.known("algorithm", algorithm, ("auto", *ALGORITHMS["all_reduce"], "shared_memory", "backend"))
         check_module(module)
+        check_memory(module)
         agree(module, group)
         self.module, self.strategy, self.compress, self.algorithm = module, strategy, compress, algorithm
         self.broadcast_buffers, self.timeline = broadcast_buffers, timeline

@@ -70,12 +70,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mlsys.parallel._flat import Flat
-from mlsys.parallel._replicas import broadcast_first, check_module
+from mlsys.parallel._replicas import broadcast_first, check_memory, check_module
 from mlsys.parallel._sharded import Sharded, names_of
 from mlsys.parallel.collectives import all_gather
 
 MOST_IN_FLIGHT = 2  # gradient buffers: one being sent, one being filled
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # they have no forward pass
 
 
 class _Use:
@@ -147,6 +148,7 @@ class ZeRO3(Sharded):
         self._ahead: _Unit | None = None  # to be prefetched as soon as the unit before last has gone
         self._whole = False  # inside `gathered()`
         with torch.no_grad():
+            check_memory(module)  # of the caller: `_Meta` puts stand-ins there
             meta = _Meta(module, init, _device(device, self.communicator.group))
             check_module(module)
             self._names = names_of(module)
@@ -501,19 +503,31 @@ def _choose(module: nn.Module, units: Any) -> list[nn.Module]:
         return []
     parts = list(module.modules())
     if callable(units):
-        return [part for part in parts if units(part)]
+        units = [part for part in parts if units(part)]
     chosen = list(units)
     known = {id(part) for part in parts}
     for part in chosen:
         if not isinstance(part, nn.Module) or id(part) not in known:
             raise ValueError(f"units must be modules within module, got {type(part).__name__}, which is none of them")
+        if isinstance(part, CONTAINERS):
+            raise ValueError(
+                f"units holds a {type(part).__name__}, which is never called, so that its weights would never be "
+                "gathered: name the modules in it"
+            )
     return chosen
 
 
 def _members_of_outermost(module: nn.Module, container: type[nn.Module]) -> list[nn.Module]:
     if isinstance(module, container):
-        return list(module.children())
+        return [part for child in module.children() for part in _called(child)]
     return [member for child in module.children() for member in _members_of_outermost(child, container)]
+
+
+def _called(module: nn.Module) -> list[nn.Module]:
+    """The module itself, or if it is a container, which nobody calls, what it contains."""
+    if not isinstance(module, CONTAINERS):
+        return [module]
+    return [part for child in module.children() for part in _called(child)]
 
 
 def _enclosing(name: str, unit_at: dict[str, nn.Module]) -> list[nn.Module]:

@@ -891,3 +891,25 @@ def test_whole_tensors_are_balanced_over_all_buffers(buffers, n):
     assert loads == [sum(layout.sizes[rank] for layout in layouts) for rank in range(n)]
     largest = max(padded(numel) for numels in buffers for numel in numels)
     assert max(loads) - min(loads) <= largest
+
+
+@pytest.mark.parametrize("stage", [ZeRO1, ZeRO2, ZeRO3])
+def test_zero_grad_of_model_and_optimizer_forget_all(stage):
+    def ranks():
+        torch.manual_seed(0)
+        model = stage(nn.Linear(3, 2))
+        optimizer = model.optimizer(torch.optim.SGD, lr=0.1)
+        found = []
+        for clear in (model.zero_grad, model.zero_grad, optimizer.zero_grad):
+            with model.no_sync():
+                (100 * model(torch.ones(1, 3)).sum()).backward()
+            clear()
+            model(torch.ones(1, 3)).sum().backward()
+            found.append(sum(float(p.tensor.grad.sum()) for p in model.pieces() if p.tensor.numel()))
+            clear()
+        with pytest.raises(ValueError, match="make another one"):
+            optimizer.add_param_group({"params": list(model.module.parameters())})
+        return found
+
+    totals = [sum(of_ranks) for of_ranks in zip(*launch(ranks, 2), strict=True)]
+    assert totals == [8.0, 8.0, 8.0]  # 6 weights and 2 biases with a gradient of 1

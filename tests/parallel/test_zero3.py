@@ -618,3 +618,35 @@ def test_transformer_trains_in_bfloat16_from_meta():
         assert losses[-1] < 0.5 * losses[0]
 
     launch(ranks, 2)
+
+
+class Nested(nn.Module):
+    """Lists and dictionaries of layers in a list: none of these containers is ever called."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        inner = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.stages = nn.ModuleList([inner, nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.LayerNorm(4)})])
+
+    def forward(self, x):
+        for stage in self.stages:
+            for layer in stage.values() if isinstance(stage, nn.ModuleDict) else stage:
+                x = layer(x)
+        return x
+
+
+def test_containers_within_containers_are_not_units():
+    def ranks():
+        x = torch.ones(2, 4)
+        model = ZeRO3(Nested())
+        refused = ""
+        try:
+            ZeRO3(Nested(), units=lambda part: isinstance(part, nn.ModuleDict))
+        except ValueError as error:
+            refused = str(error)
+        return torch.equal(model(x), Nested()(x)), refused
+
+    for equal, refused in launch(ranks, 2):
+        assert equal
+        assert "ModuleDict, which is never called" in refused
