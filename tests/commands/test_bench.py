@@ -66,14 +66,14 @@ def test_times_saves_and_reports(capsys, tmp_path, monkeypatch):
 def test_what_was_measured_is_saved_when_a_later_case_fails(capsys, tmp_path, monkeypatch):
     from mlsys.bench import core
 
-    ran = core._run_case
+    ran = core.measure
 
     def fails_at_the_second(bench, case, *rest):
         if case["n"] != 512:
             raise MemoryError("too large for this test")
         return ran(bench, case, *rest)
 
-    monkeypatch.setattr(core, "_run_case", fails_at_the_second)
+    monkeypatch.setattr(core, "measure", fails_at_the_second)
     arguments = ["bench", "attention.flash", "--quick", "--dtype", "float32", "--save", "--results", str(tmp_path)]
     with pytest.raises(MemoryError):
         main(arguments)
