@@ -10,10 +10,8 @@ from types import MappingProxyType
 from mlsys.perf import _checks
 from mlsys.perf.collectives import ALGORITHMS, chain_segments, cost, hierarchical_parts
 
-# How far figures are trusted. A modelled time leaves out what Python and busy cores add. Measured ones are of a moment
-# in which other programs may have run; shared memory copies a byte fewer times than sockets do, so that a backend which
-# seems a little faster was rather lucky.
-_MODELLED, _BACKEND = 1.25, 1.3
+# How far a modelled time is trusted beside a measured one: it leaves out what Python and busy cores add.
+_MODELLED = 1.25
 # Algorithms in which a host's ranks do not all send abroad at once.
 _ONE_ABROAD = ("ring", "chain", "scatter_all_gather")
 
@@ -124,14 +122,9 @@ def choose(
     }
     seconds = modelled(operation, n, nbytes, links)
     ranking = dict(sorted((seconds | measured).items(), key=lambda item: item[1]))
-    on_one_host = "shared_memory" in measured
+    # On one host a message is two copies and two system calls more than shared memory needs. That decides: times of a
+    # moment, in which another program may have run, say less.
     trust = {name: _MODELLED for name in ranking if measured and name not in measured}
-    if on_one_host:
-        trust["backend"] = _BACKEND
-    # On one host a message is two copies and two system calls more than shared memory needs: what the model says of
-    # messages there, from α and β that a busy moment may have spoilt, comes after all that was measured.
-    order = sorted(
-        ranking, key=lambda name: (on_one_host and name not in measured, ranking[name] * trust.get(name, 1.0))
-    )
+    order = sorted(ranking, key=lambda name: (name != "shared_memory", ranking[name] * trust.get(name, 1.0)))
     ranking = {name: ranking[name] for name in order}
     return Choice(operation, nbytes, n, order[0], ranking[order[0]], ranking, frozenset(measured))

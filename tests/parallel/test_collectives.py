@@ -840,8 +840,8 @@ def test_what_was_measured_counts_for_more_than_what_was_computed():
         assert "backend" in choice.measured
     lines = {("all_reduce", "backend"): (0.0, 8e-10), ("all_reduce", "shared_memory"): (0.0, 1e-9)}
     assert _choose.choose("all_reduce", 4, 10**8, LINKS, lines).algorithm == "shared_memory"
-    lines["all_reduce", "backend"] = (0.0, 7e-10)
-    assert _choose.choose("all_reduce", 4, 10**8, LINKS, lines).algorithm == "backend"
+    lines["all_reduce", "backend"] = (0.0, 1e-12)  # a moment's luck: memory is what decides on one host
+    assert _choose.choose("all_reduce", 4, 10**8, LINKS, lines).algorithm == "shared_memory"
     other = _choose.choose("all_gather", 4, 10**8, LINKS, {("all_reduce", "backend"): (0.0, 0.0)})
     assert "backend" not in other.ranking
 
