@@ -10,13 +10,14 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "parallel" / "two_hosts.sh"
 CANNOT = 77
 PROGRAM = """
-import socket, sys
+import os, socket, sys
 import torch, torch.distributed as dist
 
 dist.init_process_group("gloo")
 total = torch.ones(1)
 dist.all_reduce(total)
-print(f"{socket.gethostname()} rank {dist.get_rank()}: {total.item():g} {sys.argv[1:]}", flush=True)
+line = f"{socket.gethostname()} rank {dist.get_rank()}: {total.item():g} {sys.argv[1:]}"
+os.write(1, line.encode() + b"\\n")  # whole: both hosts write to one pipe
 dist.barrier()
 dist.destroy_process_group()
 """
