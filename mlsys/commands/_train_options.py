@@ -167,9 +167,15 @@ def chosen_settings(args: argparse.Namespace) -> Settings:
     return settings
 
 
-def check_divides(settings: Settings, size: int) -> None:
+def check_divides(settings: Settings, size: int, *, going_on: bool = False) -> None:
     """UsageError if the windows of a batch cannot be divided over the ranks: equal parts have the mean of the whole."""
     if settings.batch % size:
+        if going_on:  # with a batch that is settled
+            fit = [str(ranks) for ranks in range(1, settings.batch + 1) if settings.batch % ranks == 0]
+            raise UsageError(
+                f"--ranks {size}: the run has batches of {settings.batch} windows, which cannot be divided evenly; go "
+                f"on with --ranks {', '.join(fit[:-1])}{' or ' if fit[1:] else ''}{fit[-1]}"
+            )
         near = -(-settings.batch // size) * size
         raise UsageError(
             f"--batch {settings.batch} windows cannot be divided evenly over --ranks {size}: choose a multiple of "
@@ -220,7 +226,7 @@ def order_of(args: argparse.Namespace, checkpoint: Checkpoint | None) -> Order:
         earlier = Order(settings, checkpoint.config.steps, threads=checkpoint.environment["threads"])
     if args.resume and earlier:
         check_same(args, earlier)
-        check_divides(earlier.settings, args.ranks or 1)
+        check_divides(earlier.settings, args.ranks or 1, going_on=True)
         if not checkpoint:
             say(f"no checkpoint in {args.out} yet: starting what {RUN} asks for")
         return replace(earlier, parallel=args.parallel, ranks=args.ranks)

@@ -6,6 +6,7 @@ each batch. The first rank alone reads the text, keeps the folder and speaks; wh
 
 from __future__ import annotations
 
+import abc
 import argparse
 import os
 import signal
@@ -213,7 +214,7 @@ class _Through(nn.Module):
         return cast(Tensor, self.parallel(inputs, targets))
 
 
-class RanksTrainer(Trainer):
+class RanksTrainer(Trainer, abc.ABC):
     """A trainer of several processes: each takes its rows of the batch that one process would take.
 
     timeline: of this rank, for a bounded number of steps.
@@ -235,21 +236,21 @@ class RanksTrainer(Trainer):
         self.parallel = self.wrap(kind, Loss(model))
         super().__init__(model, stream, config, notes)
 
+    @abc.abstractmethod
     def wrap(self, kind: str, loss: Loss) -> nn.Module:
         """The model as it is on ranks."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def clip(self) -> Tensor:
         """Shorten the gradient to `config.clip`; its norm before."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def whole(self) -> Transformer:
         """The model with all its weights, on the first rank; a collective call."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def memory(self) -> Memory:
         """Bytes of model state that this rank holds."""
-        raise NotImplementedError
 
     @property
     def tokens(self) -> int:

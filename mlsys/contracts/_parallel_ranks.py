@@ -42,6 +42,7 @@ class Exercise:
     tolerance: (inputs, result, oracle's value) → largest absolute error allowed.
     wrong:     named wrong variants; none of them may hang.
     finish:    the stacked results → more of them, which compare ranks.
+    incidental: as of `Contract`.
     """
 
     signature: str
@@ -54,6 +55,7 @@ class Exercise:
     wrong: Mapping[str, Wrong]
     compare: Mapping[str, Compare] = field(default_factory=dict)
     finish: Callable[[Results], Results] = dict
+    incidental: Sequence[str] = ()
 
     def contract(self, name: str) -> Contract:
         """The contract of the technique `name`."""
@@ -68,6 +70,7 @@ class Exercise:
             tolerance=self.tolerance,
             wrong=self.wrong,
             compare=self.compare,
+            incidental=self.incidental,
         )
 
     def _inputs(self, case: Case, seed: int, device: str) -> Inputs:

@@ -269,9 +269,13 @@ def tolerance(inputs: Inputs, name: str, want: np.ndarray) -> float:
 
 
 class _Sharded(nn.Module):
-    """All parameters in one row, of which each rank steps a part; with one knob for each mistake."""
+    """All parameters in one row, of which each rank steps a part; with one knob for each mistake.
 
-    def __init__(self, module: nn.Module, group: Any = None, *, mistake: str = "") -> None:
+    A part is an n-th of the row, or in whole parameters: `division` "in turn" deals them out one by one, "by size"
+    gives the next largest to the rank that has the least.
+    """
+
+    def __init__(self, module: nn.Module, group: Any = None, *, mistake: str = "", division: str = "") -> None:
         super().__init__()
         self.module, self.group, self.mistake = module, group, mistake
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
@@ -281,7 +285,10 @@ class _Sharded(nn.Module):
         self.trained = [p for p in module.parameters() if p.requires_grad]
         self.size = sum(p.numel() for p in self.trained)
         part = self.size // self.ranks if mistake == "remainder" else -(-self.size // self.ranks)
-        self.mine = slice(min(self.rank * part, self.size), min((self.rank + 1) * part, self.size))
+        self.mine: Any = slice(min(self.rank * part, self.size), min((self.rank + 1) * part, self.size))
+        if division:
+            owners = _owners([p.numel() for p in self.trained], self.ranks, division)
+            self.mine = torch.cat([torch.full((p.numel(),), o == self.rank) for p, o in zip(self.trained, owners)])
         if mistake == "whole_state":
             self.mine = slice(0, self.size)
         self.gradient: Tensor | None = None  # of this rank's part, once it is reduced
@@ -360,6 +367,17 @@ class _Sharded(nn.Module):
             optimizer.state.clear()
 
 
+def _owners(sizes: list[int], ranks: int, division: str) -> list[int]:
+    """The rank of each parameter, where parameters stay whole."""
+    if division == "in turn":
+        return [index % ranks for index in range(len(sizes))]
+    owners, loads = [0] * len(sizes), [0] * ranks
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        owners[index] = loads.index(min(loads))
+        loads[owners[index]] += sizes[index]
+    return owners
+
+
 def reference(module: nn.Module, group: Any = None) -> nn.Module:
     """`mlsys.parallel.zero.ZeRO2`."""
     from mlsys.parallel.zero import ZeRO2
@@ -395,9 +413,15 @@ ZERO = Exercise(
     work=partial(_train, read=_in_place),
     oracle=oracle,
     tolerance=tolerance,
-    wrong={name: Wrong(partial(_Sharded, mistake=name), hint) for name, hint in HINTS.items()},
+    wrong={name: Wrong(partial(_Sharded, mistake=name), hint) for name, hint in HINTS.items()}
+    | {  # mistakes whose numbers depend on how the parameters are divided
+        f"{name}_{division.replace(' ', '_')}": Wrong(partial(_Sharded, mistake=name, division=division), HINTS[name])
+        for name in ("stale_shards", "local_norm", "no_broadcast")
+        for division in ("in turn", "by size")
+    },
     compare=COMPARE,
     finish=finish,
+    incidental=("numbers of optimizer state",),
 )
 
 

@@ -139,6 +139,8 @@ class Contract:
     tolerance:  (inputs, result name, oracle's result) → largest absolute error allowed.
     wrong:      named wrong variants; each must fail at least one case.
     compare:    (inputs, got, want, tolerance) → what is wrong, or None.
+    incidental: results in which two right implementations may differ widely, and so two with the same mistake: they do
+                not count when an implementation is likened to a wrong variant.
     """
 
     name: str
@@ -151,6 +153,7 @@ class Contract:
     tolerance: Callable[[Inputs, str, np.ndarray], float]
     wrong: Mapping[str, Wrong]
     compare: Mapping[str, Callable[[Inputs, np.ndarray, np.ndarray, float], str | None]] = field(default_factory=dict)
+    incidental: Sequence[str] = ()
 
     def verify(self, inputs: Inputs, got: Results) -> str | None:
         """The first thing wrong with these results, or None."""
@@ -237,6 +240,10 @@ def _alike(
     If several do (on a small case many mistakes look the same), the one that agrees with `impl` on
     the most of the other cases, then the nearest.
     """
+
+    def telling(results: Results) -> Results:
+        return {name: value for name, value in results.items() if name not in contract.incidental}
+
     want, allowed = _expected(contract, _inputs(contract, index, seed, device))
     most = 1.0 if conduct else min(1.0, _distance(got, want, allowed, shared=True) / 2)
     distances = {}
@@ -244,7 +251,7 @@ def _alike(
         theirs, problem = _run(contract, wrong.impl, index, seed, device)
         if theirs is None or problem != conduct:
             continue
-        distance = _distance(got, theirs, allowed)
+        distance = _distance(telling(got), telling(theirs), allowed)
         if distance <= most and (conduct or contract.verify(_inputs(contract, index, seed, device), theirs)):
             distances[name] = distance
     if len(distances) < 2:
@@ -259,7 +266,7 @@ def _alike(
         _, allowed = _expected(contract, _inputs(contract, other, seed, device))
         for name in agreed:
             theirs, _ = _run(contract, contract.wrong[name].impl, other, seed, device)
-            agreed[name] += theirs is not None and _distance(mine, theirs, allowed) <= 1.0
+            agreed[name] += theirs is not None and _distance(telling(mine), telling(theirs), allowed) <= 1.0
     return max(distances, key=lambda name: (agreed[name], -distances[name]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import math
 import time
@@ -26,7 +27,7 @@ REFUSED_OPTIMIZERS = {
 }
 
 
-class Sharded(nn.Module):
+class Sharded(nn.Module, abc.ABC):
     """A module whose training state is divided over the ranks of a group; the stages say how.
 
     A subclass sets `flats`, and starts and ends the collectives.
@@ -54,6 +55,8 @@ class Sharded(nn.Module):
         if not (self._takes_meta and any(parameter.is_meta for parameter in module.parameters())):
             check_module(module)
             check_memory(module)
+        if dtype is not None:
+            _check_running_means(module, dtype)
         agree(module, group)
         self.module, self.dtype, self.split, self.timeline = module, dtype, split, timeline
         self._owns_communicator = not isinstance(group, Communicator)
@@ -156,9 +159,20 @@ class Sharded(nn.Module):
         self._optimizers.append(weakref.ref(optimizer))
         return optimizer
 
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Refused, as `parameters()` is, which asks for them here: an optimizer over these would train nothing.
+
+        The module's parameters never have a `.grad`: the gradients are in this rank's pieces.
+        """
+        name = type(self).__name__
+        raise TypeError(
+            f"{name}.parameters(): gradients and optimizer state belong to this rank's pieces. Make the optimizer by "
+            "model.optimizer(cls, lr=…) and clip by model.clip_grad_norm(…); the weights to look at are "
+            "model.module.parameters(), the pieces model.pieces()"
+        )
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients: the pieces', and what `no_sync` has collected."""
-        super().zero_grad(set_to_none)
         for piece in self.pieces():
             piece.tensor.grad = None
         for flat in self.flats:
@@ -333,11 +347,13 @@ class Sharded(nn.Module):
 
             parameter.register_post_accumulate_grad_hook(hook)
 
+    @abc.abstractmethod
     def _arrived(self, flat: Flat, index: int, gradient: Tensor) -> None:
-        raise NotImplementedError
+        """A parameter's gradient is there."""
 
+    @abc.abstractmethod
     def _finish(self) -> None:
-        raise NotImplementedError
+        """The backward pass has ended."""
 
     def _at_end_of_backward(self) -> None:
         """Have `_finish` called once, when the backward pass that is running has ended."""
@@ -366,9 +382,9 @@ class Sharded(nn.Module):
         """Where this rank's slice of the reduced gradients goes."""
         return torch.empty(flat.shard.numel(), dtype=flat.dtype, device=full.device)
 
+    @abc.abstractmethod
     def _publish(self, flats: Sequence[Flat]) -> None:
         """Bring the weights up to date with the masters."""
-        raise NotImplementedError
 
     def _wait(self, work: Any, name: str) -> None:
         if self.timeline is None:
@@ -445,6 +461,17 @@ class Sharded(nn.Module):
             pieces = [piece for member in members if member.requires_grad for piece in mine[id(member)]]
             local.append({**group, "params": pieces})
         return chosen, local
+
+
+def _check_running_means(module: nn.Module, dtype: torch.dtype) -> None:
+    """ValueError for a norm whose running means would meet weights of another dtype: torch's kernels refuse that."""
+    for name, part in module.named_modules():
+        mean = getattr(part, "running_mean", None)
+        if isinstance(part, nn.modules.batchnorm._NormBase) and mean is not None and mean.dtype != dtype:
+            raise ValueError(
+                f"dtype={dtype}: {name or 'module'} ({type(part).__name__}) keeps its running mean in {mean.dtype}, "
+                f"beside weights in {dtype}; leave dtype out, or take a norm without running means, such as GroupNorm"
+            )
 
 
 def names_of(module: nn.Module) -> dict[int, tuple[str, ...]]:

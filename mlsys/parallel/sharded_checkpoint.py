@@ -124,6 +124,7 @@ def save(
         json.dumps(notes)  # TypeError here, before anything is written
         if ranks.rank == 0:
             path.mkdir(parents=True, exist_ok=True)
+            _check_ours(path / MANIFEST)
         held = _holdings(model, optimizer)
         return secrets.token_hex(8), [one.range for one in held], _settings(model, optimizer)
 
@@ -503,6 +504,15 @@ def _commit(
             other.unlink(missing_ok=True)
 
 
+def _check_ours(file: Path) -> None:
+    """ValueError if something else than a checkpoint has a file of that name here; a damaged one of ours may go."""
+    if not file.exists():
+        return
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if not ('"format"' in text and '"save"' in text and '"sha256"' in text):
+        raise ValueError(f"{file} is no manifest of a checkpoint, and would be replaced: save into another folder")
+
+
 def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
@@ -720,13 +730,14 @@ class _Ranks:
             return None, error
 
     def _agree(self, error: Exception | None) -> None:
-        said = self._gather(None if error is None else (type(error).__name__, str(error)))
+        kinds = (CheckpointError, FileNotFoundError, OSError, TypeError)  # the others raise the first that fits
+        kind = next((i for i, kind in enumerate(kinds) if isinstance(error, kind)), None)
+        said = self._gather(None if error is None else (kind, str(error)))
         if error is not None:
             raise error
         for rank, other in enumerate(said):
             if other is not None:
-                kinds = {kind.__name__: kind for kind in (CheckpointError, FileNotFoundError, OSError, TypeError)}
-                raise kinds.get(other[0], ValueError)(f"rank {rank}: {other[1]}")
+                raise (ValueError if other[0] is None else kinds[other[0]])(f"rank {rank}: {other[1]}")
 
     def _gather(self, value: Any) -> list[Any]:
         if self.alone:

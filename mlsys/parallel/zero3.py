@@ -305,6 +305,8 @@ class ZeRO3(Sharded):
         root = unit.module is self.module
 
         def hook(module: nn.Module, args: Any, result: Any) -> None:
+            if not unit.calls:  # the forward pass was refused at the door: this hook runs all the same
+                return
             use = unit.calls.pop()
             in_backward = torch._C._current_graph_task_id() != -1
             outputs = [tensor for tensor in _tensors(result) if tensor.requires_grad]
