@@ -1,4 +1,4 @@
-"""What the two benchmarks of `two_hosts.sh` share: which network lies between the ranks, and the picture over it."""
+"""What the two benchmarks of `two_hosts.sh` share: the network between the ranks, what crosses it, and the picture."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from mlsys.bench.records import Record
 
 VARIABLE = "MLSYS_LINK_MBIT"  # set by two_hosts.sh: Mbit/s between its hosts
 LOOPBACK = "loopback"
+RANKS = 4
+PREDICTED = "predicted ms"  # the figure of a record
 
 
 def link_mbit() -> float | None:
@@ -31,10 +33,30 @@ def mbit_of(case: Mapping[str, Any]) -> float | None:
     return float(words[0]) if words[1:] == ["Mbit/s"] else None
 
 
-def link_bytes_per_second() -> float:
-    """What may cross the cable each way; infinite where there is none."""
+def case(**settings: Any) -> dict[str, Any]:
+    """A case of these settings on the network that is there."""
+    return {"network": network(), "ranks": RANKS, **settings}
+
+
+def cable(n: int) -> float | None:
+    """Bytes/s that may cross the cable each way, half of n ranks on either side of it; None where there is none."""
     mbit = link_mbit()
-    return float("inf") if mbit is None else mbit * 1e6 / 8
+    return None if mbit is None or n % 2 else mbit * 1e6 / 8
+
+
+def crossing(algorithm: str, n: int, size: float) -> float:
+    """Bytes that an all-reduce of so many sends over the cable each way: all ranks of a host together."""
+    return {
+        "ring": 2 * size * (n - 1) / n,  # one link of the ring leads out
+        "hierarchical": size,  # 2(g − 1)/g of it, by g = 2 hosts
+        "halving_doubling": n / 2 * size,  # half a vector from each rank, there and back
+        "recursive_doubling": n / 2 * size,  # a vector from each rank, once
+    }[algorithm]
+
+
+def figures(predicted_s: float | None) -> dict[str, float]:
+    """What the model says that a call takes, for the record; nothing where it cannot say."""
+    return {} if predicted_s is None else {PREDICTED: 1e3 * predicted_s}
 
 
 def picture(records: Sequence[Record], panel: str, title: str) -> str | None:
@@ -49,7 +71,7 @@ def picture(records: Sequence[Record], panel: str, title: str) -> str | None:
         ends = []
         for style, name in enumerate(names):
             mine = [r for r in shown if r.case[panel] == value and r.impl == name]
-            points = sorted((mbit_of(r.case) or 0.0, r.seconds or 0.0, r.figures.get("predicted ms")) for r in mine)
+            points = sorted((mbit_of(r.case) or 0.0, r.seconds or 0.0, r.figures.get(PREDICTED)) for r in mine)
             if not points:
                 continue
             x, y, predicted = zip(*points, strict=True)

@@ -16,38 +16,20 @@ Peer: torch's own all-reduce, over gloo.
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from mlsys.bench import Benchmark, Impl, Work
+from mlsys.bench import Benchmark, Impl, Work, find
 from mlsys.bench.ranks import rank, size
 from mlsys.parallel import Communicator, collectives
 from mlsys.perf.collectives import bus_bandwidth, cost
 
-
-def _beside(stem: str) -> ModuleType:
-    """A file of this folder, which is no package."""
-    path = Path(__file__).with_name(f"{stem}.py")
-    name = f"mlsys_benchmarks.parallel.{stem}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-network = _beside("_network")
+network = find.beside(__file__, "_network")
 
 Case = Mapping[str, Any]
 KB, MB = 1024, 1024**2
@@ -83,10 +65,10 @@ class Call:
         self.predicted_s = predicted(algorithm, given) if algorithm else None
 
     def __call__(self) -> Result:
-        if self.function is gloo or not isinstance(self.function, Ours):
-            self.function(self.tensor)
-        else:
+        if isinstance(self.function, Ours):
             self.function(self.tensor, self.given.communicator)
+        else:
+            self.function(self.tensor)
         return Result(self.tensor, self.predicted_s)
 
     def reset(self) -> None:
@@ -96,26 +78,20 @@ class Call:
 
 def predicted(algorithm: str, given: Inputs) -> float | None:
     """Seconds by the α-β model, where ranks of a host share its cable; None without one."""
-    if network.link_mbit() is None or size() % 2:
+    bandwidth = network.cable(size())
+    if bandwidth is None:
         return None
     if algorithm == "auto":
         algorithm = given.communicator.choose("all_reduce", given.case["bytes"]).algorithm
-    n, s, local = size(), given.case["bytes"], size() // 2
     if algorithm == "backend":
         algorithm = "ring"
-    steps = cost("all_reduce", algorithm, n, s, local=local if algorithm == "hierarchical" else None).steps
-    # Bytes over the cable, each way: all ranks of a host together.
-    crossing = {
-        "ring": 2 * s * (n - 1) / n,  # one link of the ring leads out
-        "hierarchical": s,  # 2(g − 1)/g of S, by g = 2 hosts
-        "halving_doubling": local * s,  # half a vector from each rank, there and back
-        "recursive_doubling": local * s,  # a vector from each rank, once
-    }[algorithm]
-    return steps * given.communicator.links.alpha + crossing / network.link_bytes_per_second()
+    n, s = size(), given.case["bytes"]
+    steps = cost("all_reduce", algorithm, n, s, local=n // 2 if algorithm == "hierarchical" else None).steps
+    return steps * given.communicator.links.alpha + network.crossing(algorithm, n, s) / bandwidth
 
 
 def case(n_bytes: int) -> Case:
-    return {"network": network.network(), "ranks": 4, "bytes": n_bytes}
+    return network.case(bytes=n_bytes)
 
 
 def inputs(case: Case, device: str) -> Inputs:
@@ -152,10 +128,6 @@ def two(case: Case) -> bool:
     return network.mbit_of(case) is not None
 
 
-def figures(case: Case, given: Inputs, got: Result) -> dict[str, float]:
-    return {} if got.predicted_s is None else {"predicted ms": 1e3 * got.predicted_s}
-
-
 # A case takes its time from the cable, so that less is sent through a thin one.
 SMALL, LARGE = [case(64 * KB), case(MB)], [case(16 * MB)]
 bench = Benchmark(
@@ -178,7 +150,7 @@ bench = Benchmark(
     subject="auto",
     prepare=lambda function, case, given: Call(function, given),
     verify=verify,
-    figures=figures,
+    figures=lambda case, given, got: network.figures(got.predicted_s),
     ranks=lambda case: case["ranks"],
     pictures={"bandwidth": lambda records: network.picture(records, "bytes", "all-reduce of {} bytes, 4 ranks")},
 )

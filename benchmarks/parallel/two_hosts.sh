@@ -170,6 +170,8 @@ for mbit in ${mbits//,/ }; do
     burst=$((mbit * 1000000 / 8 / 100))
     ((burst >= 70000)) || burst=70000
     ((burst <= 4000000)) || burst=4000000
+    queue=(tbf rate "${mbit}mbit" burst "$burst" latency 200ms)
+    [[ $latency_ms == 0 ]] || queue=(netem delay "${latency_ms}ms" rate "${mbit}mbit")
     echo "two_hosts.sh: two hosts of $ranks ranks, $mbit Mbit/s between them" >&2
     start 0 "$ADDRESS_0" "$mbit"
     start 1 "$ADDRESS_1" "$mbit"
@@ -185,16 +187,9 @@ for mbit in ${mbits//,/ }; do
     for number in 0 1; do
         end=$cable$([[ $number == 0 ]] && echo a || echo b)
         ip link set "$end" netns "${hosts[$number]}" name "$INTERFACE"
-        nsenter --target "${hosts[$number]}" --net tc qdisc add dev "$INTERFACE" root \
-            tbf rate "${mbit}mbit" burst "$burst" latency 200ms
+        nsenter --target "${hosts[$number]}" --net tc qdisc add dev "$INTERFACE" root "${queue[@]}"
         echo go >&"${pipes[$number]}"
     done
-    if [[ $latency_ms != 0 ]]; then
-        for number in 0 1; do
-            nsenter --target "${hosts[$number]}" --net tc qdisc replace dev "$INTERFACE" root \
-                netem delay "${latency_ms}ms" rate "${mbit}mbit"
-        done
-    fi
     status=0
     for pid in "${hosts[@]}"; do
         wait "$pid" || status=$?

@@ -15,22 +15,18 @@ Peer: torch's DistributedDataParallel; for bfloat16, with its own hook for that.
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
-from mlsys.bench import Benchmark, Impl, Work
+from mlsys.bench import Benchmark, Impl, Work, find
 from mlsys.bench.ranks import rank, size
 from mlsys.models import transformer
 from mlsys.models.transformer import Transformer
@@ -40,21 +36,7 @@ from mlsys.parallel.data_parallel import DataParallel
 from mlsys.perf.configs import Config, llama
 from mlsys.perf.transformer import training_flops
 
-
-def _beside(stem: str) -> ModuleType:
-    """A file of this folder, which is no package."""
-    path = Path(__file__).with_name(f"{stem}.py")
-    name = f"mlsys_benchmarks.parallel.{stem}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-network = _beside("_network")
+network = find.beside(__file__, "_network")
 
 Case = Mapping[str, Any]
 SEQ, BATCH = 128, 4
@@ -123,19 +105,18 @@ def in_bfloat16(state, bucket):  # type: ignore[no-untyped-def]  # torch compare
 
 def predicted(function: Any, given: Inputs) -> float | None:
     """Seconds of a step by the α-β model with the cable's bandwidth; None without one."""
-    if network.link_mbit() is None or size() % 2:
+    bandwidth = network.cable(size())
+    if bandwidth is None:
         return None
     weights = [p.nbytes for p in given.model().parameters()]
     n, s = size(), sum(weights)
-    alpha, bandwidth = given.communicator.links.alpha, network.link_bytes_per_second()
     if getattr(function, "compress", None) is TopK:  # from each rank of one host, 1 % of values, with their places
         sent = 2 * 0.01 * s * n / 2
     else:
         half = getattr(function, "compress", None) is BF16 or getattr(function, "hook", None) is not None
-        # Across the cable, each way: a ring's 2S(n − 1)/n, or of hierarchical S.
-        sent = s * (0.5 if half else 1.0) * (2 * (n - 1) / n if isinstance(function, Torch) else 1.0)
+        sent = network.crossing("ring" if isinstance(function, Torch) else "hierarchical", n, s / 2 if half else s)
     calls = len(weights) if getattr(function, "strategy", "") == "naive" else 1
-    communication = calls * 2 * (n - 1) * alpha + sent / bandwidth
+    communication = calls * 2 * (n - 1) * given.communicator.links.alpha + sent / bandwidth
     if getattr(function, "strategy", "bucketed") in ("naive", "flat"):
         return given.alone_s + communication
     return max(given.alone_s, communication)
@@ -166,7 +147,7 @@ def steps(model: nn.Module, given: Inputs) -> Iterator[float]:
 
 
 def case(width: int) -> Case:
-    return {"network": network.network(), "ranks": 4, "model": "transformer", "width": width}
+    return network.case(model="transformer", width=width)
 
 
 def config(case: Case) -> Config:
@@ -192,10 +173,6 @@ def verify(case: Case, given: Inputs, got: Any, want: Any) -> tuple[float, float
     return abs(got[0] - want[0]) / abs(want[0]), ALLOWED_COMPRESSED
 
 
-def figures(case: Case, given: Inputs, got: Any) -> dict[str, float]:
-    return {} if got[1] is None else {"predicted ms": 1e3 * got[1]}
-
-
 bench = Benchmark(
     __file__,
     cases={"quick": [case(128)], "default": [case(256)], "full": [case(256), case(512)]},
@@ -213,7 +190,7 @@ bench = Benchmark(
     subject="bucketed",
     prepare=lambda function, case, given: Call(function, given),
     verify=verify,
-    figures=figures,
+    figures=lambda case, given, got: network.figures(got[1]),
     stateful=True,
     ranks=lambda case: case["ranks"],
     pictures={"bandwidth": lambda records: network.picture(records, "width", "step, transformer of width {}, 4 ranks")},

@@ -6,30 +6,25 @@ The file that holds it is the entry: `mlsys bench` finds it, and it runs by
 itself with the same options. Every implementation is **checked** against the
 reference on the very inputs it will be timed on, **then timed**, in turn with
 all others (`mlsys.bench.timing`), and the user's own is looked at once more
-afterwards (`mlsys.bench.suspect`). Each row then says how it stands to the
+afterwards (`mlsys.bench.trial`). Each row then says how it stands to the
 reference, to the fastest production peer on the same work, and to the limit of
 this machine (`mlsys.bench.machine`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from mlsys.bench import machine as machines
-from mlsys.bench.memory import peak_bytes
 from mlsys.bench.records import Record
-from mlsys.bench.timing import Everyone, Sample, alone, interleave, ratio
-from mlsys.loading import one_line, raised_at
-
-if TYPE_CHECKING:
-    from mlsys.bench.suspect import Snapshot, Surroundings
+from mlsys.bench.timing import Everyone, Sample, alone, ratio
+from mlsys.bench.trial import Refused, Trial
 
 Case = Mapping[str, Any]
 Size = Literal["quick", "default", "full"]
@@ -254,22 +249,6 @@ def limits_for(case: Case, settings: Settings, n_threads: int | None = None) -> 
     return machines.limits(case.get("dtype", "float32"), n_threads or settings.n_threads, settings.device)
 
 
-class RaisedOnRank(Exception):
-    """On one of several ranks the user's function raised: the others wait for it in vain, so that all have to end."""
-
-    def __init__(self, name: str, note: str) -> None:
-        super().__init__(name, note)
-        self.name, self.note = name, note
-
-
-class _Refused(Exception):
-    """An implementation is out of this case: as what, and why, for its record."""
-
-    def __init__(self, name: str, status: Literal["wrong", "failed"], note: str, error: float | None = None) -> None:
-        super().__init__(note)
-        self.name, self.status, self.note, self.error = name, status, note, error
-
-
 def measure(
     bench: Benchmark,
     case: Case,
@@ -285,10 +264,10 @@ def measure(
     work = bench.work(case, inputs)
     base = dataclasses.replace(base, flops=work.flops, bytes=work.bytes, items=work.items, unit=work.unit)
     records: dict[str, Record] = {}
-    at_work = _AtWork(bench, case, settings.device, watch, inputs, everyone)
+    trial = Trial(bench, case, settings.device, watch, inputs, everyone)
 
-    def refuse(why: _Refused) -> None:
-        at_work.refuse(why.name)
+    def refuse(why: Refused) -> None:
+        trial.refuse(why.name)
         records[why.name] = dataclasses.replace(
             records[why.name], status=why.status, note=why.note, error=why.error, figures={}, series={}
         )
@@ -305,9 +284,9 @@ def measure(
             records[name] = dataclasses.replace(records[name], status="missing", note=impl.missing)
             continue
         try:
-            error, figures, series = at_work.start(name)
+            error, figures, series = trial.start(name)
             records[name] = dataclasses.replace(records[name], error=error, figures=figures, series=series)
-        except _Refused as why:
+        except Refused as why:
             refuse(why)
     if settings.smoke:
         return list(records.values())
@@ -315,9 +294,9 @@ def measure(
     assert limits is not None
     while True:
         try:
-            samples, peaks = at_work.time(settings.budget_s)
+            samples, peaks = trial.time(settings.budget_s)
             break
-        except _Refused as why:  # what it did may have touched the others' times: once more, without it
+        except Refused as why:  # what it did may have touched the others' times: once more, without it
             refuse(why)
     peers = [name for name in samples if bench.impls[name].role == "peer"]
     peer = min(peers, key=lambda name: samples[name].median, default=None)
@@ -342,173 +321,3 @@ def measure(
 
 def _ratio(samples: Mapping[str, Sample], name: str, other: str | None) -> float | None:
     return None if other is None or other not in samples else ratio(samples[name], samples[other])
-
-
-def _reset(call: Callable[[], Any]) -> Callable[[], None] | None:
-    """What puts the values back that a call in place works on; None for one that leaves its inputs as they are."""
-    return getattr(call, "reset", None)
-
-
-@dataclass
-class _AtWork:
-    """A case while it is measured: its inputs, who is ready to run on them, and an eye on the user's functions."""
-
-    bench: Benchmark
-    case: Case
-    device: str
-    watch: Callable[[str], None]
-    inputs: Any
-    everyone: Everyone = alone
-    calls: dict[str, Callable[[], Any]] = field(default_factory=dict)
-    want: Any = None  # the reference's result
-    snapshot: Snapshot | None = None  # of the inputs, made when someone else's function is about to get them
-    surroundings: Surroundings | None = None
-
-    def start(self, name: str) -> tuple[float, dict[str, float], dict[str, list[Any]]]:
-        """Prepare it and call it once: its error, which is small enough, figures and series. From now in `calls`."""
-        from mlsys.bench.suspect import Snapshot, Surroundings, finished  # torch, which reading records does without
-
-        if self._suspect(name) and self.snapshot is None:
-            self.snapshot, self.surroundings = Snapshot(self.inputs), Surroundings.now()
-        with self._blaming(name):
-            call = self._prepared(name)
-            got = call()
-        if name == self.bench.reference:
-            self.want = finished(got) if _reset(call) else got  # in place, the next call writes over it
-        result = finished(got) if self._suspect(name) else got
-        self._undisturbed(name)
-        error = self._error(name, result, self.want)
-        with self._blaming(name):
-            figures = self.bench.figures(self.case, self.inputs, got)
-            series = self.bench.series(self.case, self.inputs, got)
-        self.calls[name] = call
-        return error, figures, series
-
-    def refuse(self, name: str) -> None:
-        """It takes no further part, and what it has changed is put back."""
-        self.calls.pop(name, None)
-        if self._suspect(name) and self.snapshot and self.surroundings:
-            self.snapshot.restore()
-            self.surroundings.restore()
-
-    def time(self, budget_s: float) -> tuple[dict[str, Sample], dict[str, int]]:
-        """Times and peak memory of all in `calls`, and a second look at the results and doings of the user's."""
-        from mlsys.bench.suspect import finished
-
-        suspects = [name for name in self.calls if self._suspect(name)]
-        kept = dict.fromkeys(name for name in suspects if not _reset(self.calls[name]))
-        if self.bench.stateful and suspects:  # the reference's result of the very same round is what theirs should be
-            kept[self.bench.reference] = None
-            for name in self.calls:  # from the start, for after a refusal some have been called more often than others
-                with self._blaming(name):
-                    self.calls[name] = self._prepared(name)
-        turn = [""]
-
-        def before(name: str) -> None:
-            turn[0] = name
-            self.watch(name)
-            if reset := _reset(self.calls[name]):
-                reset()
-
-        with self._blaming(turn):
-            samples = interleave(
-                self.calls,
-                budget_s=budget_s,
-                max_repeats=1 if self.bench.stateful else 1000,
-                device=self.device,
-                before=before,
-                keep=kept,
-                everyone=self.everyone,
-            )
-        for name in suspects:
-            self._undisturbed(name)
-            want = kept[self.bench.reference] if self.bench.stateful else self.want
-            if name in kept:
-                self._error(name, kept[name], want, "while it was timed: ")
-            else:
-                with self._blaming(name):
-                    again = finished(self._again(name))
-                self._error(name, again, want, "after it was timed: ")
-            self._not_remembered(name)
-        peaks = {}
-        for name, call in self.calls.items() if self.bench.memory else ():
-            with self._blaming(name):
-                peaks[name] = max(self.everyone(peak_bytes(call, self.device)))
-        return samples, peaks
-
-    def _not_remembered(self, name: str) -> None:
-        """Change the values in the very inputs it knows: its results must follow."""
-        from mlsys.bench.suspect import finished
-
-        assert self.snapshot is not None
-        self.snapshot.shift()
-        try:
-            with self._blaming(self.bench.reference):
-                want = self._again(self.bench.reference)
-            with self._blaming(name):
-                got = finished(self._again(name))
-            self._error(name, got, want, "with other values in the same inputs (does it remember its results?): ")
-        finally:
-            self.snapshot.restore()
-
-    def _again(self, name: str) -> Any:
-        """One more result from the same inputs; where it depends on earlier calls, that of a first one."""
-        if reset := _reset(self.calls[name]):
-            reset()
-        return self._prepared(name)() if self.bench.stateful else self.calls[name]()
-
-    def _prepared(self, name: str) -> Callable[[], Any]:
-        """A call of it that nothing has come before."""
-        return self.bench.prepare(self.bench.impls[name].load(), self.case, self.inputs)
-
-    def _error(self, name: str, got: Any, want: Any, when: str = "") -> float:
-        """The error of a result, if that is small enough."""
-        from mlsys.bench.suspect import unfinished
-
-        if self._suspect(name) and (odd := self._any(unfinished(got, want))):
-            raise _Refused(name, "wrong", when + odd)
-        with self._blaming(name):
-            mine, allowed = self.bench.verify(self.case, self.inputs, got, want)
-        # The worst of all: of those that are too large, else of those that are not; and a NaN is the largest.
-        bad, _, error, allowed = max(self.everyone((not mine <= allowed, mine != mine, mine, allowed)))
-        if bad:
-            raise _Refused(name, "wrong", f"{when}error {error:.3g} is above the {allowed:.2g} allowed", error)
-        return float(error)
-
-    def _any(self, what: str | None) -> str | None:
-        """What was found, here or by another rank: all of them come to the same end."""
-        return next(filter(None, self.everyone(what)), None)
-
-    def _undisturbed(self, name: str) -> None:
-        """What the user's function shares with the others must be as it was."""
-        if not self._suspect(name):
-            return
-        assert self.snapshot is not None
-        assert self.surroundings is not None
-        if what := self._any(self.surroundings.changed()):
-            raise _Refused(name, "wrong", f"changed {what}, for the others too")
-        if what := self._any("modified its inputs in place" if self.snapshot.changed() else None):
-            raise _Refused(name, "wrong", what)
-
-    def _suspect(self, name: str) -> bool:
-        return self.bench.impls[name].role == "yours"
-
-    @contextlib.contextmanager
-    def _blaming(self, name: str | list[str]) -> Iterator[None]:
-        """An exception in here is this one's (of a list: whoever stands in it by then); one of ours passes through."""
-        if isinstance(name, str):
-            self.watch(name)
-        try:
-            yield
-        except (Exception, SystemExit) as error:
-            culprit = name if isinstance(name, str) else name[0]
-            if isinstance(error, _Refused) or not culprit or not self._suspect(culprit):
-                raise
-            from mlsys.contracts.core import source_file
-
-            file = source_file(self.bench.impls[culprit].load())
-            where = raised_at(error, file) if file else None
-            note = f"raised {one_line(error)}" + (f", at {where}" if where else "")
-            if self.everyone is not alone:
-                raise RaisedOnRank(culprit, note) from error
-            raise _Refused(culprit, "failed", note) from error

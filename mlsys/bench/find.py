@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from mlsys.bench.core import Benchmark
 
@@ -36,14 +37,24 @@ def load(name: str) -> Benchmark:
 
 def load_file(file: Path) -> Benchmark:
     """Import this file and return its `bench`."""
-    module_name = f"mlsys_benchmarks.{file.parent.name}.{file.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
-    spec.loader.exec_module(module)
-    bench = getattr(module, "bench", None)
+    bench = getattr(_imported(file), "bench", None)
     if not isinstance(bench, Benchmark):
         raise TypeError(f"{file} holds no `bench = Benchmark(...)`")
     return bench
+
+
+def beside(file: str, stem: str) -> ModuleType:
+    """The module `stem`.py in the folder of this file: what benchmarks of a folder, which is no package, share."""
+    return _imported(Path(file).with_name(f"{stem}.py"))
+
+
+def _imported(file: Path) -> ModuleType:
+    """The module that this file defines, anew each time; `mlsys_benchmarks.attention.flash` is its name."""
+    name = f"mlsys_benchmarks.{file.parent.name}.{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

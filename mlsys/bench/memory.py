@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import os
 import threading
 from collections.abc import Callable
@@ -56,6 +57,7 @@ def used(run: Callable[[], Any], device: str = "cpu") -> Used:
     Its result is not among what is held, unless `run` keeps it. What is mapped rather than allocated, such as memory
     shared with other processes, is not counted.
     """
+    gc.collect()  # what is garbage already, if it were freed during the call, would count against it
     if device == "cuda":
         import torch
 

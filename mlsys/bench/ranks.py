@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING, Any
 from mlsys import loading
 from mlsys.bench import core, find
 from mlsys.bench import machine as machines
+from mlsys.bench.trial import RaisedOnRank
 
 if TYPE_CHECKING:
     from mlsys.bench.core import Benchmark, Case, Settings
@@ -144,7 +145,7 @@ def _backend(settings: Settings, n: int) -> str | None:
 def _blame(error: Exception, turn: str) -> tuple[str, str]:
     """Whose fault the end of a launch is, and what to say of it; ("", …) for nobody's."""
     cause = error.__cause__
-    if isinstance(cause, core.RaisedOnRank):
+    if isinstance(cause, RaisedOnRank):
         return cause.name, f"{cause.note}, on rank {getattr(error, 'rank', '?')}"
     if getattr(error, "kind", "raised") == "raised":  # by ours, whosever turn it was
         return "", ""

@@ -16,7 +16,7 @@ from mlsys.files import write_atomic
 class Record:
     """What one implementation did on one case.
 
-    status:   "ok", "noisy" (times, but no ratio), "missing" (a library is not installed), "smoke" (ran once, not
+    status:   "ok", "noisy" (its times spread widely), "missing" (a library is not installed), "smoke" (ran once, not
               timed), "wrong" (a result was, or an input was changed, before or after the timing) or "failed" (raised,
               exited, died or ran past its limit); the last two have no times. `note` says the rest.
     seconds:  median of `runs` runs, with the quartiles; None if not timed.

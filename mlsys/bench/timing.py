@@ -4,8 +4,17 @@ Implementations are timed in turn within each round, so that a neighbour's load
 or a clock that drops falls on all alike, and a ratio is the median of the
 rounds' ratios, not the ratio of two medians taken minutes apart. The order
 rotates from round to round, so that nobody always runs behind the same
-cache-clearing neighbour. A sample with fewer than five runs, or whose
-interquartile range exceeds a fifth of its median, is noisy and yields no ratio.
+cache-clearing neighbour.
+
+A time with fewer than five runs, or whose interquartile range exceeds a fifth of
+its median, is called noisy. A ratio is judged by itself, for what disturbs both
+cancels in it, and many rounds tell more than few: it is given if the median of the
+rounds' ratios is known to a tenth. That is, if the interval from the l-th smallest
+of n ratios to the l-th largest, which holds the true median with the probability
+
+    1 − 2·P[B < l],   B binomial with n tosses of a fair coin
+
+of at least 93% (of five, all must be in it), is at most a tenth of the median to each side.
 
 Where several processes do the work together, they start each sample together
 and its time is that of the slowest; what hangs on a clock or a dice is agreed
@@ -15,21 +24,26 @@ On a GPU, time is taken by events on the stream, with the L2 cache overwritten
 before every run.
 
 Papers:
-    Hoefler & Belli 2015, "Scientific Benchmarking of Parallel Computing Systems" (SC '15): medians and spread.
+    Hoefler & Belli 2015, "Scientific Benchmarking of Parallel Computing Systems" (SC '15, rules 5 and 8): medians and
+        their intervals, without assuming a distribution.
+    Le Boudec 2010, "Performance Evaluation of Computer and Communication Systems" (theorem 2.1): that interval.
     Chen & Revels 2016, arXiv:1608.04295 (robust estimates on noisy machines).
 """
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 MIN_RUNS = 5
 MAX_SPREAD = 0.20
+MAX_DOUBT = 0.10  # of a ratio, to each side
+CONFIDENCE = 0.93
 Everyone = Callable[[Any], list[Any]]  # a value of this process → those of all that measure together, the same for all
 
 
@@ -59,18 +73,32 @@ class Sample:
 
     @property
     def noisy(self) -> bool:
-        """Too few runs or too wide a spread to say anything about a ratio."""
+        """Too few runs, or too wide a spread: another run may well take another time."""
         low, high = self.quartiles
         return len(self.seconds) < MIN_RUNS or high - low > MAX_SPREAD * self.median
 
 
 def ratio(a: Sample, b: Sample) -> float | None:
-    """How many times as long `a` takes as `b`: the median over rounds; None if either is noisy."""
-    if a.noisy or b.noisy:
-        return None
-    if len(a.seconds) == len(b.seconds):
-        return statistics.median(x / y for x, y in zip(a.seconds, b.seconds, strict=True))
-    return a.median / b.median
+    """How many times as long `a` takes as `b`: the median over rounds; None if that is not known to a tenth."""
+    if len(a.seconds) != len(b.seconds):  # not taken in turn: there are no rounds
+        return None if a.noisy or b.noisy else a.median / b.median
+    ratios = [x / y for x, y in zip(a.seconds, b.seconds, strict=True)]
+    middle = statistics.median(ratios)
+    low, high = interval(ratios)
+    return middle if low >= (1 - MAX_DOUBT) * middle and high <= (1 + MAX_DOUBT) * middle else None
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Two of the values, between which the true median lies with at least `CONFIDENCE`; fewer than five have none."""
+    n = len(values)
+    outside, left_out = 0.0, 0  # the probability that the median is beyond the interval; values left out on each side
+    while outside + 2 * math.comb(n, left_out) / 2**n <= 1 - CONFIDENCE:
+        outside += 2 * math.comb(n, left_out) / 2**n
+        left_out += 1
+    if left_out == 0:
+        return -math.inf, math.inf
+    ordered = sorted(values)
+    return ordered[left_out - 1], ordered[n - left_out]
 
 
 def interleave(

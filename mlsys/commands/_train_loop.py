@@ -88,7 +88,8 @@ def train(trainer: Trainer, crew: Crew, validation_tokens: Tokens, file: Path, s
     every = max(config.steps // EVALUATIONS, 1)
     saved, saved_step, stop = time.monotonic(), trainer.done, 0
     losses: list[float] = []
-    with signals() as received, progress(trainer.done, config.steps, crew.first) as show:
+    received: list[int] = []
+    with first_signal(received.append), progress(trainer.done, config.steps, crew.first) as show:
         while not trainer.finished and not stop:
             losses.append(trainer.step())
             validation = None
@@ -113,21 +114,26 @@ def still_there(step: int, file: Path) -> str:
 
 
 @contextmanager
-def signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are noted instead of acted on, so that a step and its save are not torn; a second one acts."""
-    received: list[int] = []
+def first_signal(tell: Callable[[int], object]) -> Iterator[None]:
+    """The first SIGINT or SIGTERM is told instead of acted on, so that a step and its save are not torn.
 
-    def note(number: int, frame: FrameType | None) -> None:
-        if received:
+    A second one raises KeyboardInterrupt at once. Only the main thread may set handlers: in another, nothing changes.
+    """
+    told = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal told
+        if told:
             raise KeyboardInterrupt
-        received.append(number)
+        told = True
+        tell(number)
 
-    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
-        yield received
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield received
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -171,7 +171,7 @@ def check_divides(settings: Settings, size: int, *, going_on: bool = False) -> N
     """UsageError if the windows of a batch cannot be divided over the ranks: equal parts have the mean of the whole."""
     if settings.batch % size:
         if going_on:  # with a batch that is settled
-            fit = [str(ranks) for ranks in range(1, settings.batch + 1) if settings.batch % ranks == 0]
+            fit = [str(ranks) for ranks in range(1, min(settings.batch, MOST_RANKS) + 1) if settings.batch % ranks == 0]
             raise UsageError(
                 f"--ranks {size}: the run has batches of {settings.batch} windows, which cannot be divided evenly; go "
                 f"on with --ranks {', '.join(fit[:-1])}{' or ' if fit[1:] else ''}{fit[-1]}"

@@ -9,14 +9,11 @@ from __future__ import annotations
 import abc
 import argparse
 import os
-import signal
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -27,6 +24,7 @@ from torch import Tensor, nn
 from mlsys.cli import EXPECTED
 from mlsys.commands import UsageError
 from mlsys.commands._train_folder import CHECKPOINT, SHARDS
+from mlsys.commands._train_loop import first_signal
 from mlsys.data.text import Tokens
 from mlsys.models import training
 from mlsys.models.training import Checkpoint, TrainConfig, Trainer
@@ -74,21 +72,8 @@ def relayed() -> Iterator[Path]:
     """A file that names the signal which this process, that started the ranks, got. A second one acts at once."""
     with tempfile.TemporaryDirectory(prefix="mlsys-train-") as folder:
         file = Path(folder) / "signal"
-
-        def note(number: int, frame: FrameType | None) -> None:
-            if file.exists():
-                raise KeyboardInterrupt
-            file.write_text(str(number))
-
-        if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        with first_signal(lambda number: file.write_text(str(number))):
             yield file
-            return
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield file
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class _FirstFailed(Exception):

@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
-from mlsys.parallel import _algorithms, _backend, _measure, _notes, traffic
+from mlsys.parallel import _algorithms, _backend, _loops, _measure, _notes, traffic
 from mlsys.parallel._call import Call, Exchange, agree, over_wire, refuse
 from mlsys.parallel._choose import Choice, Links, choose
 from mlsys.parallel._p2p import Wire
@@ -236,6 +236,7 @@ class Communicator(Channel):
         if links is not None and not isinstance(links, Links):
             raise TypeError(f"links must be a Links or None, got {links!r}")
         super().__init__(group)
+        _loops.calm()  # of this group
         self.timeline = timeline
         with traffic.uncounted():
             hosts, token = self._introductions()

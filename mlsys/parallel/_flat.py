@@ -237,6 +237,16 @@ class Flat:
         for index, parameter in enumerate(self.parameters):
             parameter.data = self.layout.view(self.weights, index, self.shapes[index])
 
+    def detached(self) -> str | None:
+        """The name of a parameter that is no longer such a view, if there is one."""
+        begin, size = self.weights.data_ptr(), self.weights.itemsize
+        for names, parameter, offset, numel in zip(
+            self.names, self.parameters, self.layout.offsets, self.layout.numels
+        ):
+            if numel and parameter.data_ptr() != begin + offset * size:
+                return names[0]
+        return None
+
     def refresh(self) -> None:
         """Give `shard` the values of `master`: nothing to do where they are one tensor."""
         if self.mixed:
@@ -297,10 +307,13 @@ class Flat:
         """Add this rank's slice of the reduced gradients to the pieces' `.grad`.
 
         The first since `zero_grad` is taken as it is. Sums of several are in the precision of the optimizer:
-        in 16 bits the small terms of a long sum would be lost.
+        in 16 bits the small terms of a long sum would be lost. In float16 all are: the loss was scaled so that small
+        gradients do not vanish, and they would if they were unscaled in float16.
         """
         for piece, cut in zip(self.pieces, self.cuts):
             new = fresh.narrow(0, cut.offset, cut.stop - cut.start).view(piece.tensor.shape)
+            if self.dtype == torch.float16:
+                new = new.to(self.master_dtype)
             old = piece.tensor.grad
             piece.tensor.grad = new if old is None else old.to(self.master_dtype).add_(new)
 

@@ -1,6 +1,6 @@
 """Messages between the ranks of a group, and the one loop that keeps several of them under way.
 
-Every algorithm of this package is written over `Wire.post`: send these tensors, receive those, from whom. A message is
+Every algorithm of this package is written over `Wire`: send these tensors, receive those, from whom. A message is
 bytes, so every dtype travels, also those that gloo's own collectives refuse. Empty messages are not sent at all: both
 sides know the sizes.
 
@@ -24,11 +24,11 @@ from mlsys.parallel._reduce import Reduction
 
 # Bytes of a segment, and how many are under way at once. The best of a grid on loopback: smaller ones cost more latency
 # than the overlap saves, larger ones fall out of the second-level cache before they are added.
-SEGMENT = 2**20
-AHEAD = 3
+SEGMENT = 2 * 2**20
+AHEAD = 2
 # Scratch that a wire keeps for its next call: enough for a ring's segments. Fresh memory costs a page fault every 4 KB,
 # which on this path is a third of the copy.
-KEEP = 8 * 2**20
+KEEP = 16 * 2**20
 
 Message = tuple[Tensor, int]  # what, and the rank it goes to or comes from
 Pending = list[tuple[dist.Work, str, int]]
@@ -77,20 +77,28 @@ class Wire:
         """Start these messages; `wait` for what is returned before their tensors are touched."""
         if any(tensor.is_cuda for tensor, _ in (*sends, *receives)):
             return self._post_batch(sends, receives)
-        group, tag, ranks = self.group, self.tag, self.ranks
         pending: Pending = []
-        try:
-            for tensor, peer in receives:
-                if tensor.numel():
-                    work = group.recv([tensor.view(torch.uint8)], ranks[peer], tag)
-                    pending.append((work, "receive from", ranks[peer]))
-            for tensor, peer in sends:
-                if tensor.numel():
-                    work = group.send([tensor.view(torch.uint8)], ranks[peer], tag)
-                    pending.append((work, "send to", ranks[peer]))
-        except RuntimeError as error:  # the connection was already gone
-            raise self._explained(error, "reach", ranks[peer]) from error
+        for message in receives:
+            pending += self.receive(*message)
+        for message in sends:
+            pending += self.send(*message)
         return pending
+
+    def send(self, tensor: Tensor, peer: int) -> Pending:
+        """Start one message from the CPU, to `peer`."""
+        return self._start(self.group.send, "send to", tensor, self.ranks[peer])
+
+    def receive(self, tensor: Tensor, peer: int) -> Pending:
+        """Expect one message on the CPU, from `peer`."""
+        return self._start(self.group.recv, "receive from", tensor, self.ranks[peer])
+
+    def _start(self, function: Callable[..., dist.Work], verb: str, tensor: Tensor, peer: int) -> Pending:
+        if not tensor.numel():
+            return []
+        try:
+            return [(function([tensor.view(torch.uint8)], peer, self.tag), verb, peer)]
+        except RuntimeError as error:  # the connection was already gone
+            raise self._explained(error, "reach", peer) from error
 
     def _post_batch(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         operations = [
@@ -179,14 +187,14 @@ class Exchange:
         self.wire, self.receives, self.taken, self.sent = wire, receives, 0, 0
         self.sends: list[Pending] = []
         self.batched = any(tensor.is_cuda for tensor, _ in receives)
-        self.pending = [] if self.batched else [wire.post((), (message,)) for message in receives]
+        self.pending = [] if self.batched else [wire.receive(*message) for message in receives]
 
     def send(self, tensor: Tensor, peer: int) -> None:
         """Start the next message."""
         if self.batched:
             self.pending.append(self.wire.post(((tensor, peer),), (self.receives[self.sent],)))
         else:
-            self.sends.append(self.wire.post(((tensor, peer),), ()))
+            self.sends.append(self.wire.send(tensor, peer))
         self.sent += 1
 
     def next(self) -> Tensor:

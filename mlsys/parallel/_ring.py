@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from mlsys.parallel._p2p import KEEP, Cut, Wire, copy, even
+from mlsys.parallel._p2p import AHEAD, KEEP, Cut, Wire, copy, even
 from mlsys.parallel._reduce import Reduction
 
 Segments = list[Tensor]  # of one part, those of a wave
@@ -95,7 +95,7 @@ def _waves(
     wire: Wire, parts: Sequence[Tensor], like: Tensor, rooms: int
 ) -> Iterator[tuple[Cut, Sequence[Tensor], list[Segments]]]:
     """How parts are cut, scratch for a wave's segments `rooms` times over, and each wave's segments of each part."""
-    most = min(wire.segment, KEEP // max(1, rooms)) // like.element_size()
+    most = min(wire.segment, KEEP // max(1, rooms * AHEAD)) // like.element_size()
     cut = Cut.of(max(part.numel() for part in parts), most)
     if not cut.step:
         return

@@ -202,7 +202,7 @@ def _call(rank: int, request: dict[str, Any], folder: Path) -> bytes:
     import torch
     import torch.distributed as dist
 
-    from mlsys.parallel import _notes, _travel
+    from mlsys.parallel import _loops, _notes, _travel
 
     ranks, backend, timeout = request["ranks"], request["backend"], request["timeout"]
     _notes.attach(folder / "notes", rank)
@@ -219,6 +219,7 @@ def _call(rank: int, request: dict[str, Any], folder: Path) -> bytes:
     patience = timedelta(seconds=timeout + 60.0)
     store = dist.FileStore(str(folder / "store"), ranks)
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=patience, device_id=device)
+    _loops.calm()
     result = fn(*args)
     try:
         return _travel.dumps(result)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import math
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -90,7 +91,9 @@ class Sharded(nn.Module, abc.ABC):
         options:  passed on: `lr`, `weight_decay`, `fused`, …
 
         It is a genuine one: learning-rate schedulers, `zero_grad`, `state_dict` work as ever. A rank may have no piece
-        in a group, or none at all; the groups are the same on every rank.
+        in a group, or none at all; the groups are the same on every rank. To scale the loss take
+        `torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler(device_type, process_group=group)`: a step is left
+        out on all ranks or on none. `torch.amp.GradScaler`, which asks one rank alone, is a TypeError when it steps.
         ValueError for optimizers that need whole tensors (Adafactor, Muon) unless `split="tensors"`, for parameters
         that are not of this module, and for those named twice.
         """
@@ -152,6 +155,7 @@ class Sharded(nn.Module, abc.ABC):
                 "model.optimizer(cls, [parameters], …), and step both"
             )
 
+        optimizer._step_supports_amp_scaling = _Unscaled()  # type: ignore[attr-defined]
         optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
         optimizer.add_param_group = add_param_group  # type: ignore[assignment, method-assign]
         optimizer.register_step_pre_hook(before)
@@ -378,6 +382,12 @@ class Sharded(nn.Module, abc.ABC):
             self._in_flight.pop(0)
             flat.receive(fresh)
 
+    def _all_gather(self, flat: Flat) -> Any:
+        """Start the all-gather of a buffer of weights."""
+        return all_gather(
+            flat.weights, flat.shard, self.communicator, sizes=flat.layout.uneven, async_op=True, check=False
+        )
+
     def _destination(self, flat: Flat, full: Tensor) -> Tensor:
         """Where this rank's slice of the reduced gradients goes."""
         return torch.empty(flat.shard.numel(), dtype=flat.dtype, device=full.device)
@@ -461,6 +471,25 @@ class Sharded(nn.Module, abc.ABC):
             pieces = [piece for member in members if member.requires_grad for piece in mine[id(member)]]
             local.append({**group, "params": pieces})
         return chosen, local
+
+
+class _Unscaled:
+    """The answer to a loss scaler that asks whether the optimizer unscales gradients, and leaves a step out, by itself.
+
+    It is no, of fused ones too: they would do so by what is in this rank's pieces. And this is asked at each step, so
+    here a scaler is refused that leaves steps out by what is in this rank's pieces: the other ranks, which do step,
+    would wait for this one's weights forever.
+    """
+
+    def __bool__(self) -> bool:
+        scaler = sys._getframe(1).f_locals.get("self")  # in `GradScaler.step`
+        if getattr(type(scaler), "unscale_", None) is torch.amp.GradScaler.unscale_:
+            raise TypeError(
+                f"{type(scaler).__name__} would leave this step out on the ranks whose own gradients are infinite, and "
+                "the others would wait for them: take ShardedGradScaler(device_type, process_group=group) from "
+                "torch.distributed.fsdp.sharded_grad_scaler, with which all ranks decide together"
+            )
+        return False
 
 
 def _check_running_means(module: nn.Module, dtype: torch.dtype) -> None:

@@ -15,6 +15,7 @@ import os
 import pickle
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -39,8 +40,9 @@ if hasattr(os, "register_at_fork"):
 class _Pickler(cloudpickle.Pickler):
     """cloudpickle, with the choice of what goes by value made for each module when it is first met."""
 
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+    def __init__(self) -> None:
+        self.file = io.BytesIO()
+        super().__init__(self.file, protocol=pickle.HIGHEST_PROTOCOL)
         self.known: dict[str, bool] = {}  # module → whether the other side can import it
         self.registered: list[ModuleType] = []
         self.by_value: dict[int, Any] = {}  # classes and functions at the top of a module, by id
@@ -127,17 +129,24 @@ class Parcel:
     sources: dict[str, Any]
 
 
-def pack(value: Any) -> Parcel:
-    """`value`, with what a fresh process needs to unpack it."""
-    file = io.BytesIO()
-    pickler = _Pickler(file)
+@contextlib.contextmanager
+def _pickling() -> Iterator[_Pickler]:
+    """A pickler; while it is used, the registry is this thread's."""
+    pickler = _Pickler()
     with _registry:
         try:
-            pickler.dump(value)
-            pickler.dump(list(pickler.by_value.values()))  # shares what was dumped before
+            yield pickler
         finally:
             pickler.unregister()
-    return Parcel(file.getvalue(), [name for name, found in pickler.known.items() if found], pickler.sources)
+
+
+def pack(value: Any) -> Parcel:
+    """`value`, with what a fresh process needs to unpack it."""
+    with _pickling() as pickler:
+        pickler.dump(value)
+        pickler.dump(list(pickler.by_value.values()))  # shares what was dumped before
+    modules = [name for name, found in pickler.known.items() if found]
+    return Parcel(pickler.file.getvalue(), modules, pickler.sources)
 
 
 def unpack(parcel: Parcel) -> Any:
@@ -158,14 +167,9 @@ def unpack(parcel: Parcel) -> Any:
 
 def dumps(value: Any) -> bytes:
     """`value` as bytes. CUDA tensors are sent as CPU tensors; a view takes only its own bytes."""
-    file = io.BytesIO()
-    pickler = _Pickler(file)
-    with _registry:
-        try:
-            pickler.dump(value)
-        finally:
-            pickler.unregister()
-    return file.getvalue()
+    with _pickling() as pickler:
+        pickler.dump(value)
+    return pickler.file.getvalue()
 
 
 def loads(data: bytes | bytearray | memoryview) -> Any:

@@ -234,11 +234,8 @@ def gather(
         root = _root("dst", dst, there)
         part = _flat("input", input, there)
         whole = _only_at_root("output", output, "dst", root, there)
-        parts = _parts_of(sizes, part.numel(), there.size)
-        _length("input", part, parts[there.rank], "this rank's part")
-        if whole is not None:
-            _same_dtype(whole, input)
-            _length("output", whole, sum(parts), "all parts together")
+        _same_dtype(whole, part)
+        parts = _divided("output", whole, "input", part, sizes, there)
         return Call("gather", part.dtype, sum(parts), whole, part, root=root, sizes=parts, even=_equal(parts))
 
     _run(there, "gather", call, "direct", False, check)
@@ -263,11 +260,8 @@ def scatter(
         root = _root("src", src, there)
         part = _flat("output", output, there)
         whole = _only_at_root("input", input, "src", root, there)
-        parts = _parts_of(sizes, part.numel(), there.size)
-        _length("output", part, parts[there.rank], "this rank's part")
-        if whole is not None:
-            _same_dtype(output, whole)
-            _length("input", whole, sum(parts), "all parts together")
+        _same_dtype(part, whole)
+        parts = _divided("input", whole, "output", part, sizes, there)
         return Call("scatter", part.dtype, sum(parts), part, whole, root=root, sizes=parts, even=_equal(parts))
 
     _run(there, "scatter", call, "direct", False, check)
@@ -321,8 +315,8 @@ def _flat(name: str, tensor: Tensor, there: Channel) -> Tensor:
     return tensor.detach().view(-1)
 
 
-def _same_dtype(output: Tensor, input: Tensor) -> None:
-    if output.dtype != input.dtype:
+def _same_dtype(output: Tensor | None, input: Tensor | None) -> None:
+    if output is not None and input is not None and output.dtype != input.dtype:
         raise ValueError(f"output is {output.dtype} and input {input.dtype}: convert one of them")
 
 
@@ -355,8 +349,15 @@ def _sizes(name: str, sizes: Sequence[int] | None, n: int, of: str, elements: in
     return parts
 
 
-def _parts_of(sizes: Sequence[int] | None, own: int, n: int) -> tuple[int, ...]:
-    return (own,) * n if sizes is None else _given("sizes", sizes, n)
+def _divided(
+    whole_name: str, whole: Tensor | None, part_name: str, part: Tensor, sizes: Sequence[int] | None, there: Channel
+) -> tuple[int, ...]:
+    """Elements of each rank's part of a vector that only one rank has; as many as of this one's by default."""
+    parts = (part.numel(),) * there.size if sizes is None else _given("sizes", sizes, there.size)
+    _length(part_name, part, parts[there.rank], "this rank's part")
+    if whole is not None:
+        _length(whole_name, whole, sum(parts), "all parts together")
+    return parts
 
 
 def _given(name: str, sizes: Sequence[int], n: int) -> tuple[int, ...]:

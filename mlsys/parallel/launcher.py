@@ -60,7 +60,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mlsys.parallel import _notes, _travel
+from mlsys.parallel import _loops, _notes, _travel
 from mlsys.parallel._caller import FINAL_S, Output, Server, flush, surroundings
 from mlsys.parallel._notes import note
 from mlsys.parallel._server import FRAME, RESULT, send_request
@@ -522,6 +522,7 @@ def _under_torchrun(
         if "nccl" in backend:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        _loops.calm()
         atexit.register(_leave)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -76,6 +76,7 @@ T = TypeVar("T")
 FORMAT = 1
 MANIFEST = "manifest.json"
 DATA_FILE = re.compile(r"[0-9a-f]{16}-\d{5}-of-\d{5}\.safetensors")
+OWN_MANIFEST = re.compile(rb'\{\s*"format": \d+,\s*"save": "[0-9a-f]{16}"')  # how ours begin
 CHUNK = 64 * 2**20  # bytes
 CODES = {  # torch's dtypes as safetensors calls them
     torch.float64: "F64",
@@ -115,7 +116,8 @@ def save(
     group:     the ranks that have a plain module, where those are not all; the others know theirs.
 
     When it returns, on any rank, the checkpoint is on disk. If it raises, the earlier one is as it was. What goes wrong
-    on one rank (a full disk) is raised on all. The folder is made if need be; files in it that are not ours stay.
+    on one rank (a full disk) is raised on all. The folder is made if need be; files in it that are not ours stay;
+    ValueError if one of them is called manifest.json.
     """
     ranks = _Ranks(model, group)
     path = Path(folder)
@@ -124,7 +126,7 @@ def save(
         json.dumps(notes)  # TypeError here, before anything is written
         if ranks.rank == 0:
             path.mkdir(parents=True, exist_ok=True)
-            _check_ours(path / MANIFEST)
+            _check_ours(path)
         held = _holdings(model, optimizer)
         return secrets.token_hex(8), [one.range for one in held], _settings(model, optimizer)
 
@@ -504,13 +506,22 @@ def _commit(
             other.unlink(missing_ok=True)
 
 
-def _check_ours(file: Path) -> None:
-    """ValueError if something else than a checkpoint has a file of that name here; a damaged one of ours may go."""
-    if not file.exists():
+def _check_ours(path: Path) -> None:
+    """ValueError if something else than a checkpoint has a manifest here, which a save would replace.
+
+    One of ours may go, however damaged: it begins as ours do, or data files of ours are beside it. So may an empty one,
+    which is what an interrupted copy of a folder leaves: there is nothing in it to lose.
+    """
+    if not (path / MANIFEST).exists():
         return
-    text = file.read_text(encoding="utf-8", errors="replace")
-    if not ('"format"' in text and '"save"' in text and '"sha256"' in text):
-        raise ValueError(f"{file} is no manifest of a checkpoint, and would be replaced: save into another folder")
+    with (path / MANIFEST).open("rb") as file:
+        start = file.read(256)
+    ours = OWN_MANIFEST.match(start) or any(DATA_FILE.fullmatch(other.name) for other in path.iterdir())
+    if start.strip(b"\0") and not ours:  # zeros: a file whose size has reached the disk and whose contents have not
+        raise ValueError(
+            f"{path / MANIFEST} is no manifest of a checkpoint, and would be replaced: save into another folder, or "
+            "remove it"
+        )
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

@@ -35,7 +35,9 @@ gradient 0 (plain torch would skip it): another rank may have one for it.
 **Mixed precision.** With `dtype=torch.bfloat16` the module's weights, floating-point inputs and gradients are bfloat16.
 The float32 weights that the optimizer updates ("masters") are cut into slices like its other state, and become the
 module's weights after each step. Gradients are cast to float32 for the norm and the step. Frozen parameters become
-bfloat16 and nothing else.
+bfloat16 and nothing else. With `dtype=torch.float16` the loss must be scaled, by torch's `ShardedGradScaler`: it leaves
+a step out on all ranks if one has an infinite gradient. Gradients are then float32 as soon as they are reduced, since
+unscaling comes before the norm.
 
 **Buffers** are rank 0's at the start; from then on each rank has its own. `full_state_dict()` has rank 0's.
 
@@ -48,8 +50,8 @@ Communication:
 
 Memory:
     `mlsys.perf.zero.memory`; `.memory()` counts what is there. For Adam in float32 4Ψ + 4Ψ + 8Ψ/n bytes in stage 1 and
-    4Ψ + 12Ψ/n in stage 2; with bfloat16 2Ψ + 2Ψ + 12Ψ/n and 2Ψ + 14Ψ/n, and 2Ψ/n more from the norm or the step until
-    `zero_grad`, for the gradients in float32.
+    4Ψ + 12Ψ/n in stage 2; with bfloat16 2Ψ + 2Ψ + 12Ψ/n and 2Ψ + 14Ψ/n. The gradients in float32 take 4Ψ/n more in
+    stage 1 and 2Ψ/n in stage 2, from the norm or the step (with float16 from the backward pass) until `zero_grad`.
 
 Papers:
     Rajbhandari et al. 2020, arXiv:1910.02054, section 5 (stages 1 and 2, which it calls P_os and P_os+g).
@@ -73,7 +75,7 @@ from torch import Tensor, nn
 from mlsys.parallel._flat import Flat, Piece
 from mlsys.parallel._replicas import broadcast_first
 from mlsys.parallel._sharded import Sharded
-from mlsys.parallel.collectives import all_gather, broadcast
+from mlsys.parallel.collectives import broadcast
 
 # While one bucket's reduce-scatter runs, the next may fill; a third would only hold memory.
 MOST_IN_FLIGHT = 2
@@ -148,6 +150,17 @@ class _Replicated(Sharded):
         names = self._names[id(parameter)]
         return Piece(names, parameter.shape, 0, parameter.numel(), nn.Parameter(numbers, requires_grad=False))
 
+    def _door(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if torch.is_grad_enabled():
+            for flat in self.flats:
+                name = flat.detached()
+                if name is not None:
+                    raise RuntimeError(
+                        f"{name} was moved or converted, and no step of {type(self).__name__} would change it: do that "
+                        "to the module before it is wrapped, or give dtype="
+                    )
+        return super()._door(module, args, kwargs)
+
     def _arrived(self, flat: Flat, index: int, gradient: Tensor) -> None:
         if any(flat is other for other, *_ in self._in_flight):
             self._land()  # a second gradient in one backward pass: nested ones do that
@@ -188,16 +201,7 @@ class _Replicated(Sharded):
         with torch.no_grad():
             for flat in flats:
                 flat.refresh()
-                works.append(
-                    all_gather(
-                        flat.weights,
-                        flat.shard,
-                        self.communicator,
-                        sizes=flat.layout.uneven,
-                        async_op=True,
-                        check=False,
-                    )
-                )
+                works.append(self._all_gather(flat))
         for flat, work in zip(flats, works):
             self._wait(work, f"all-gather of {flat.names[0][0]} …")
             # Written behind autograd's back; a graph from before the step must not be run backward now.

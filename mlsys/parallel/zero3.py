@@ -72,7 +72,6 @@ from torch.utils import _pytree as pytree
 from mlsys.parallel._flat import Flat
 from mlsys.parallel._replicas import broadcast_first, check_memory, check_module
 from mlsys.parallel._sharded import Sharded, names_of
-from mlsys.parallel.collectives import all_gather
 
 MOST_IN_FLIGHT = 2  # gradient buffers: one being sent, one being filled
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
@@ -237,16 +236,7 @@ class ZeRO3(Sharded):
         for flat in unit.flats:
             flat.weights.untyped_storage().resize_(flat.weights.numel() * flat.weights.itemsize)
             flat.attach()
-            unit.works.append(
-                all_gather(
-                    flat.weights,
-                    flat.shard,
-                    self.communicator,
-                    sizes=flat.layout.uneven,
-                    async_op=True,
-                    check=False,
-                )
-            )
+            unit.works.append(self._all_gather(flat))
 
     def _need(self, unit: _Unit) -> None:
         """Have the unit's weights here before going on."""

@@ -1,5 +1,6 @@
 """Peak memory counts what is alive at once, also inside torch's own kernels."""
 
+import gc
 import threading
 from types import SimpleNamespace
 
@@ -54,6 +55,19 @@ def test_what_is_kept_is_still_held_whichever_thread_made_or_freed_it():
     assert found.held == pytest.approx(20 * MB, rel=0.02)
     assert found.peak >= found.held
     assert used(kept.clear).held == pytest.approx(-24 * MB, rel=0.02)
+
+
+def test_what_was_garbage_before_does_not_count():
+    circle = [torch.ones(2 * MB)]
+    circle.append(circle)
+    del circle
+    kept = []
+
+    def run():
+        kept.append(torch.ones(MB))
+        gc.collect()
+
+    assert used(run).held == pytest.approx(4 * MB, rel=0.02)
 
 
 def test_the_most_is_seen_although_it_is_freed(monkeypatch):

@@ -7,9 +7,10 @@ import psutil
 import pytest
 
 from mlsys.bench import find, isolate, ranks, run
-from mlsys.bench.core import RaisedOnRank, Settings
+from mlsys.bench.core import Settings
 from mlsys.bench.ranks import _blame, _listening, _say
 from mlsys.bench.timing import MIN_RUNS, interleave
+from mlsys.bench.trial import RaisedOnRank
 from mlsys.perf import _measure
 from mlsys.perf._measure import Limits
 

@@ -1,11 +1,12 @@
 """Timing arithmetic: medians, spread, paired ratios, and silence where it is noise. No real clock is judged."""
 
 import itertools
+import math
 
 import pytest
 
 from mlsys.bench import timing
-from mlsys.bench.timing import MIN_RUNS, Sample, interleave, ratio
+from mlsys.bench.timing import CONFIDENCE, MIN_RUNS, Sample, interleave, interval, ratio
 
 
 def test_median_and_quartiles():
@@ -36,6 +37,39 @@ def test_noise_gives_no_ratio():
     steady, wild = Sample((1.0,) * 6), Sample((1.0, 2.0, 3.0, 1.0, 2.0, 3.0))
     assert ratio(steady, wild) is None
     assert ratio(wild, steady) is None
+
+
+def test_a_ratio_of_noisy_times_stands_if_their_rounds_agree():
+    """Whatever disturbs both cancels: another program, a clock that drops."""
+    disturbed = [1.0, 3.0, 1.5, 5.0, 1.0, 2.0, 1.0, 4.0]
+    a, b = Sample(tuple(2.05 * t for t in disturbed)), Sample(tuple(disturbed))
+    assert a.noisy
+    assert b.noisy
+    assert ratio(a, b) == pytest.approx(2.05)
+
+
+def test_many_rounds_tell_a_ratio_that_few_do_not():
+    spread = (0.8, 1.0, 1.25)
+    few, many = Sample(spread * 2), Sample(spread * 30)
+    assert ratio(few, Sample((1.0,) * 6)) is None
+    assert ratio(many, Sample((1.0,) * 90)) == 1.0
+
+
+def test_times_that_were_not_taken_in_turn_must_not_be_noisy():
+    assert ratio(Sample((2.0,) * 5), Sample((1.0,) * 6)) == 2.0
+    assert ratio(Sample((2.0,) * 5), Sample((1.0, 3.0) * 3)) is None
+
+
+@pytest.mark.parametrize("n", [1, 4, 5, 6, 10, 25, 60])
+def test_the_interval_holds_the_median_as_often_as_it_says(n):
+    """Of all ways in which n values fall below or above the true median, each as likely: counted one by one."""
+    low, high = interval(list(range(n)))
+    if n < 5:
+        assert (low, high) == (-math.inf, math.inf)
+        return
+    held = sum(math.comb(n, below) for below in range(n + 1) if low < below <= high)  # the median is between two values
+    narrower = sum(math.comb(n, below) for below in range(n + 1) if low + 1 < below <= high - 1)
+    assert narrower / 2**n < CONFIDENCE <= held / 2**n
 
 
 def test_interleave_takes_turns_and_rotates_the_order(monkeypatch):

@@ -18,25 +18,11 @@ from mlsys.commands import train
 from mlsys.data import text
 from mlsys.models import training, transformer
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 TINY = ["--layers", "1", "--width", "16", "--heads", "2", "--seq", "16", "--batch", "4", "--lr", "0.02"]
 TINY += ["--threads", "1", "--sample-tokens", "5"]
 STEPS = 12
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLSYS_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def data(tmp_path):
-    """A folder of ten small files, each the same kind of line."""
-    folder = tmp_path / "words"
-    folder.mkdir()
-    for i in range(10):
-        lines = [f"the {('cat', 'rat', 'hat')[(i * j) % 3]} sat on mat {j % 7}.\n" for j in range(40)]
-        (folder / f"{i}.txt").write_text("".join(lines))
-    return str(folder)
 
 
 def arguments(data, out, *more, steps=STEPS):

@@ -10,28 +10,18 @@ import time
 import pytest
 
 from mlsys.cli import main
+from mlsys.commands import UsageError
+from mlsys.commands._train_options import Settings, check_divides
+from mlsys.commands._train_ranks import RanksTrainer
 from mlsys.models import training, transformer
+from mlsys.parallel._sharded import Sharded
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 TINY = ["--layers", "2", "--width", "16", "--heads", "2", "--seq", "16", "--batch", "4", "--lr", "0.02"]
 TINY += ["--threads", "1", "--sample-tokens", "5"]
 STEPS = 12
 KINDS = ("ddp", "zero1", "zero2", "zero3")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLSYS_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def data(tmp_path):
-    """A folder of ten small files, each the same kind of line."""
-    folder = tmp_path / "words"
-    folder.mkdir()
-    for i in range(10):
-        lines = [f"the {('cat', 'rat', 'hat')[(i * j) % 3]} sat on mat {j % 7}.\n" for j in range(40)]
-        (folder / f"{i}.txt").write_text("".join(lines))
-    return str(folder)
 
 
 def arguments(data, out, *more, steps=STEPS):
@@ -209,6 +199,24 @@ def test_what_cannot_be_done_is_said_on_one_line(more, told, data, tmp_path, cap
         assert not (tmp_path / "run").exists()
 
 
+def test_ranks_that_do_not_divide_a_settled_batch_are_refused_with_those_that_do(data, tmp_path, capfd):
+    out = tmp_path / "run"
+    assert main(arguments(data, out, *on("ddp"), steps=1)) == 0
+    capfd.readouterr()
+    assert main(["train", "--out", str(out), "--resume", "--ranks", "3"]) == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last == (
+        "mlsys: --ranks 3: the run has batches of 4 windows, which cannot be divided evenly; "
+        "go on with --ranks 1, 2 or 4"
+    )
+
+
+@pytest.mark.parametrize(("batch", "advice"), [(1, "--ranks 1"), (3, "--ranks 1 or 3"), (384, "64, 96 or 128")])
+def test_advice_is_of_ranks_that_there_can_be(batch, advice):
+    with pytest.raises(UsageError, match=f"{advice}$"):
+        check_divides(Settings(batch=batch), 5, going_on=True)
+
+
 def test_torchrun_without_parallel_is_refused(data, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(arguments(data, tmp_path / "run")) == 2
@@ -263,3 +271,17 @@ def test_rank_that_dies_is_named_with_what_to_do(data, tmp_path, capfd):
     assert last.endswith(f"to go on from it: mlsys train --out {out} --resume")
     assert main(["train", "--out", str(out), "--resume", "--sample-tokens", "0"]) == 0
     assert "going on from step 3" in capfd.readouterr().err
+
+
+# --- what is left to subclasses ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [(RanksTrainer, name) for name in ("wrap", "clip", "whole", "memory")]
+    + [(Sharded, name) for name in ("_arrived", "_finish", "_publish")],
+)
+def test_a_kind_without_one_of_its_methods_cannot_be_made(base, name):
+    others = dict.fromkeys(base.__abstractmethods__ - {name}, lambda *_: None)
+    with pytest.raises(TypeError, match=f"abstract method '?{name}'?$"):
+        type("Half", (base,), others)()

@@ -120,6 +120,75 @@ def test_a_variant_that_modifies_its_argument_explains_no_wrong_number():
     assert check(contract, greedy).failure.like == "only"
 
 
+def sorting(incidental, **wrong):
+    """A contract about sorting, which also asks for at most ten comparisons; `comparisons` may differ widely."""
+    return Contract(
+        name="toy.sorted",
+        signature="f(x) -> sorted, comparisons",
+        reference=lambda x: (np.sort(x), 3.0),
+        cases=[{"x": [2.0, 1.0]}, {"x": [3.0, 1.0, 2.0]}],
+        inputs=lambda case, seed, device: {"x": np.array(case["x"])},
+        call=lambda impl, given: dict(zip(("out", "comparisons"), impl(given["x"]), strict=True)),
+        oracle=lambda given: {"out": np.sort(given["x"]), "comparisons": np.array(10.0)},
+        tolerance=lambda given, name, want: {"out": 1e-9, "comparisons": 0.5}[name],
+        compare={"comparisons": lambda given, got, want, tolerance: f"{got:g}" if got > want else None},
+        wrong={name: Wrong(impl, "the hint") for name, impl in wrong.items()},
+        incidental=incidental,
+    )
+
+
+def descending(comparisons):
+    return lambda x: (-np.sort(-x), comparisons)
+
+
+def unsorted(comparisons):
+    return lambda x: (x, comparisons)
+
+
+def right(comparisons):
+    return lambda x: (np.sort(x), comparisons)
+
+
+def test_an_incidental_result_does_not_count_for_the_likeness():
+    assert check(sorting([], descending=descending(3.0)), descending(7.0)).failure.like is None
+    assert check(sorting(["comparisons"], descending=descending(3.0)), descending(7.0)).failure.like == "descending"
+
+
+def test_an_incidental_result_counts_for_the_verdict():
+    contract = sorting(["comparisons"], descending=descending(3.0))
+    assert check(contract, right(7.0)).passed
+    failure = check(contract, right(11.0)).failure
+    assert (failure.message, failure.like) == ("comparisons: 11", None)
+
+
+def test_an_incidental_result_does_not_count_on_the_other_cases_either():
+    """Of two variants that are alike on the case that failed, the other one tells."""
+    wrong = {"unsorted": unsorted(3.0), "descending": descending(3.0)}
+    contract = sorting(["comparisons"], **wrong)
+    assert check(contract, descending(7.0)).failure.like == "descending"
+    assert check(contract, unsorted(7.0)).failure.like == "unsorted"
+
+
+def test_an_incidental_result_explains_no_error_of_another():
+    """Far from what the oracle has, as it may be, it does not widen what a wrong variant has to explain."""
+    contract = replace(
+        wide(None),
+        oracle=lambda given: {"out": np.zeros(1), "aside": np.zeros(1)},
+        call=lambda impl, given: {"out": impl(given["x"]), "aside": np.array([1e9])},
+        compare={"aside": lambda given, got, want, tolerance: None},
+        wrong={"only": Wrong(lambda x: np.array([2.5]), "the hint")},
+        incidental=["aside"],
+    )
+    assert check(contract, lambda x: np.array([2.0])).failure.like == "only"
+    assert check(contract, lambda x: np.array([1.6])).failure.like is None
+
+
+def test_what_is_wrong_counts_for_the_likeness_even_if_it_is_incidental():
+    contract = sorting(["comparisons"], wasteful=right(1000.0))
+    assert check(contract, right(1000.0)).failure.like == "wasteful"
+    assert check(contract, right(20.0)).failure.like is None
+
+
 def test_on_case_and_on_failure_are_told_in_order():
     heard = []
     check(

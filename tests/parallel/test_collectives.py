@@ -228,7 +228,7 @@ def test_all_ranks_get_the_same_bits(n):
 # --- what is sent -----------------------------------------------------------------------------------------------------
 
 ELEMENTS = 1680  # divided by all numbers up to 8 and, twice over, by what hosts and folds make of them
-POST, EXPECT = _p2p.Wire.post, _p2p.Wire.expect
+POST, SEND = _p2p.Wire.post, _p2p.Exchange.send
 
 
 def sent():
@@ -241,11 +241,9 @@ def sent():
             posts.append(size)
         return POST(wire, sends, receives)
 
-    def expect(wire, receives):  # places for messages: the messages themselves are the steps
-        before = len(posts)
-        exchange = EXPECT(wire, receives)
-        del posts[before:]
-        return exchange
+    def send(exchange, tensor, peer):  # each with one that is expected
+        posts.append(tensor.numel() * tensor.element_size())
+        SEND(exchange, tensor, peer)
 
     tensor, part, other = torch.zeros(ELEMENTS), torch.zeros(ELEMENTS // n), torch.zeros(ELEMENTS)
     with c.Communicator(shared_memory=False, links=c.Links(local=local(n))) as group:
@@ -256,7 +254,7 @@ def sent():
             "all_to_all": lambda name: c.all_to_all(other, tensor, group, algorithm=name, check=False),
             "broadcast": lambda name: c.broadcast(tensor, group, algorithm=name, check=False),
         }
-        with mock.patch.object(_p2p.Wire, "post", post), mock.patch.object(_p2p.Wire, "expect", expect):
+        with mock.patch.object(_p2p.Wire, "post", post), mock.patch.object(_p2p.Exchange, "send", send):
             for operation, call in calls.items():
                 for name in algorithms(operation, n):
                     posts.clear()
@@ -286,13 +284,13 @@ def segments(length):
     """The messages of a ring that cuts vectors into segments of 1000 bytes."""
     posts = []
 
-    def post(wire, sends, receives):
-        posts.extend(tensor.numel() * tensor.element_size() for tensor, _ in sends)
-        return POST(wire, sends, receives)
+    def send(exchange, tensor, peer):
+        posts.append(tensor.numel() * tensor.element_size())
+        SEND(exchange, tensor, peer)
 
     with c.Communicator(shared_memory=False, links=c.Links()) as group:
         group.wire.segment = 1000
-        with mock.patch.object(_p2p.Wire, "post", post):
+        with mock.patch.object(_p2p.Exchange, "send", send):
             c.all_reduce(torch.zeros(length), group, algorithm="ring", check=False)
     return max(posts), sum(posts)
 
@@ -784,7 +782,12 @@ def arguments():
         (lambda: c.broadcast(zeros(4), src=1), "src=1, but the group has the ranks 0 to 0"),
         (lambda: c.gather(None, zeros(4)), "output is None on rank 0, which is dst"),
         (lambda: c.gather(zeros(5), zeros(4)), "output has 5 elements, but all parts together has 4"),
+        (lambda: c.gather(zeros(3), zeros(4), sizes=[3]), "input has 4 elements, but this rank's part has 3"),
+        (lambda: c.gather(zeros(4), zeros(4).half()), "output is torch.float32 and input torch.float16"),
         (lambda: c.scatter(zeros(4), None), "input is None on rank 0, which is src"),
+        (lambda: c.scatter(zeros(4), zeros(5)), "input has 5 elements, but all parts together has 4"),
+        (lambda: c.scatter(zeros(4), zeros(3), sizes=[3]), "output has 4 elements, but this rank's part has 3"),
+        (lambda: c.scatter(zeros(4).half(), zeros(4)), "output is torch.float16 and input torch.float32"),
     ]
     overlapping = zeros(8)
     cases.append((lambda: c.all_to_all(overlapping[:5], overlapping[3:]), "overlap"))

@@ -46,6 +46,88 @@ def torchs_ddp(module, group=None):
     return nn.parallel.DistributedDataParallel(module, process_group=group, find_unused_parameters=True)
 
 
+class WholeTensors(nn.Module):
+    """What a student would write: each parameter is one rank's, the next largest that of the one with the least."""
+
+    mistake = ""
+
+    def __init__(self, module, group=None):
+        super().__init__()
+        self.module, self.group = module, group
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.trained = [p for p in module.parameters() if p.requires_grad]
+        self.owner = self.owners()
+        if self.mistake != "no_broadcast":
+            for one in [*module.parameters(), *module.buffers()]:
+                dist.broadcast(one.detach(), group_src=0, group=group)
+        self.averaged = False
+
+    def owners(self):
+        owner, loads = {}, [0] * self.ranks
+        for parameter in sorted(self.trained, key=torch.numel, reverse=True):
+            owner[parameter] = loads.index(min(loads))
+            loads[owner[parameter]] += parameter.numel()
+        return owner
+
+    def forward(self, tokens):
+        return self.module(tokens)
+
+    def average(self):
+        if not self.averaged:
+            for parameter in self.trained:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad, group=self.group)
+                parameter.grad /= 1 if self.mistake == "sum" else self.ranks
+        self.averaged = True
+
+    def clip_grad_norm(self, max_norm):
+        self.average()
+        mine = [p for p in self.trained if self.owner[p] == self.rank]
+        norm = torch.stack([p.grad.norm() for p in (mine if self.mistake == "local_norm" else self.trained)]).norm()
+        for parameter in self.trained:
+            parameter.grad *= (max_norm / norm).clamp(max=1)
+        return norm
+
+    def optimizer(self, cls, **options):
+        mine = [p for p in self.trained if self.owner[p] == self.rank]
+        made = cls([{"params": mine}], **options)
+        made.register_step_pre_hook(lambda *_: self.average())
+        made.register_step_post_hook(lambda *_: self.share())
+        return made
+
+    def share(self):
+        for parameter, owner in self.owner.items():
+            if self.mistake != "stale_shards":
+                dist.broadcast(parameter.detach(), group_src=owner, group=self.group)
+            parameter.grad = None
+        self.averaged = False
+
+
+class SumInTurn(WholeTensors):
+    mistake = "sum"
+
+    def owners(self):
+        return {p: index % self.ranks for index, p in enumerate(self.trained)}
+
+
+class StaleShards(WholeTensors):
+    mistake = "stale_shards"
+
+
+class LocalNorm(WholeTensors):
+    mistake = "local_norm"
+
+
+class NoBroadcast(WholeTensors):
+    mistake = "no_broadcast"
+
+
+class FirstHasAll(WholeTensors):
+    def owners(self):
+        return dict.fromkeys(self.trained, 0)
+
+
 RIGHT = {
     "torch's all-reduce": (COLLECTIVES, torchs_all_reduce),
     "a ring": (COLLECTIVES, ring),
@@ -53,6 +135,7 @@ RIGHT = {
     "torch's DDP": (DATA_PARALLEL, torchs_ddp),
     "no mistake, DDP": (DATA_PARALLEL, _parallel_data._Plain),
     "ZeRO1": (ZERO, ZeRO1),
+    "whole tensors, ZeRO": (ZERO, WholeTensors),
     "no mistake, ZeRO": (ZERO, _parallel_zero._Sharded),
     "no mistake, ZeRO-3": (ZERO_3, _parallel_zero._Pieces),
 }
@@ -70,6 +153,28 @@ def test_wrong_variants_are_named_on_another_seed_too():
     assert {name: check(COLLECTIVES, wrong[name].impl, seed=1000).failure.like for name in wrong} == {
         n: n for n in wrong
     }
+
+
+@pytest.mark.parametrize(
+    ("impl", "like"),
+    [
+        (SumInTurn, "sum"),  # of two ranks, one has twice as much state as the other; the variant's have the same
+        (StaleShards, "stale_shards_by_size"),
+        (LocalNorm, "local_norm_by_size"),
+        (NoBroadcast, "no_broadcast_by_size"),
+    ],
+)
+def test_mistakes_are_named_however_the_parameters_are_divided(impl, like):
+    failure = check(ZERO, impl).failure
+    assert failure.like == like
+    assert failure.hint == _parallel_zero.HINTS[impl.mistake]
+
+
+def test_a_rank_with_all_the_state_is_not_taken_for_every_rank_with_all_of_it():
+    """The optimizer's state is incidental, but here it is what is wrong."""
+    failure = check(ZERO, FirstHasAll).failure
+    assert failure.message.startswith("numbers of optimizer state: rank 0 holds ")
+    assert failure.like is None
 
 
 def test_there_are_enough_wrong_variants():

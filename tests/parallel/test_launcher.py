@@ -240,6 +240,27 @@ def test_ranks_can_be_told_apart_as_under_torchrun():
     assert launch(lambda: [os.environ[name] for name in names], 2) == [["0", "0", "2", "2"], ["1", "1", "2", "2"]]
 
 
+def policies(name):
+    """How the kernel schedules the threads of this process that are called so."""
+    threads = [thread for thread in Path("/proc/self/task").iterdir() if (thread / "comm").read_text().strip() == name]
+    return [os.sched_getscheduler(int(thread.name)) for thread in threads]
+
+
+def test_gloos_event_loops_preempt_nobody():
+    from mlsys.parallel.collectives import Communicator, Links
+
+    def body():
+        first = policies("gloo_tcp_loop")
+        with Communicator(dist.new_group(), links=Links()):
+            return first, policies("gloo_tcp_loop"), os.sched_getscheduler(0)
+
+    for first, second, own in launch(body, 2):
+        assert first
+        assert len(second) > len(first)
+        assert {*first, *second} == {os.SCHED_BATCH}
+        assert own == os.SCHED_OTHER
+
+
 def test_ranks_run_on_the_cores_that_the_caller_may_use():
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})

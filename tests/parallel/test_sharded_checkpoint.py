@@ -602,6 +602,61 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_checkpoint(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
+def fail_to_write(folder, victim, kinds):
+    """Save, while rank `victim` meets each of these errors; what each rank is told."""
+    found = []
+    for kind in kinds:
+
+        def write(path, held, kind=kind):
+            if dist.get_rank() == victim:
+                raise kind("as told")
+            return {"bytes": 0, "sha256": ""}
+
+        sharded_checkpoint._write = write
+        try:
+            save(folder, filled(1.0))
+        except Exception as error:
+            found.append((type(error), str(error)))
+    return found
+
+
+def test_errors_of_the_system_keep_their_kind_on_every_rank(tmp_path):
+    kinds = {  # on the rank that met it: on the others
+        PermissionError: OSError,
+        IsADirectoryError: OSError,
+        TimeoutError: OSError,
+        OSError: OSError,
+        FileNotFoundError: FileNotFoundError,
+        CheckpointError: CheckpointError,
+        TypeError: TypeError,
+        UnicodeError: ValueError,
+    }
+    for victim in (0, 1):
+        told = launch(fail_to_write, 2, tmp_path, victim, list(kinds))
+        assert told[victim] == [(kind, "as told") for kind in kinds]
+        assert told[1 - victim] == [(kind, f"rank {victim}: as told") for kind in kinds.values()]
+        assert not list(tmp_path.iterdir())
+
+
+def save_into(paths):
+    """What this rank is told of each."""
+    found = []
+    for path in paths:
+        try:
+            save(path, filled(1.0))
+        except OSError as error:
+            found.append((type(error), str(error)))
+    return found
+
+
+def test_a_folder_that_is_none_is_the_same_error_on_every_rank(tmp_path):
+    (tmp_path / "file").write_text("stays")
+    (tmp_path / "folder" / "manifest.json").mkdir(parents=True)
+    first, second = launch(save_into, 2, [tmp_path / "file", tmp_path / "file" / "below", tmp_path / "folder"])
+    assert [kind for kind, _ in first] == [FileExistsError, NotADirectoryError, IsADirectoryError]
+    assert second == [(OSError, f"rank 0: {text}") for _, text in first]
+
+
 def test_a_full_disk_on_one_rank_stops_all_and_leaves_nothing(tmp_path):
     launch(save_and_fail, 2, tmp_path, 1.0, -1, -1, "")
     before = sorted(tmp_path.iterdir())
@@ -611,6 +666,97 @@ def test_a_full_disk_on_one_rank_stops_all_and_leaves_nothing(tmp_path):
         assert f"rank {victim}: [Errno 28] No space left on device" in said[1 - victim]
         assert what_is_in(tmp_path) == 1.0
         assert sorted(tmp_path.iterdir()) == before
+
+
+# --- manifests of others, and damaged ones of ours --------------------------------------------------------------------
+
+FOREIGN = {
+    "web app": '{"name": "my page", "icons": [], "display": "standalone"}',
+    "our words in it": json.dumps({"sha256": "0" * 64, "save": "all", "format": 1}, indent=1),
+    "format first": '{\n "format": 1,\n "save": true,\n "sha256": ""\n}',
+    "list": '["format", "save", "sha256"]',
+    "text": "the cargo of the ship",
+    "a space": " ",
+    "bytes": "\x00\x01\ufffe",
+}
+
+
+def save_where(folder, files):
+    """Save beside each of these manifests: what each rank is told, and that the folder is as it was."""
+    found = []
+    for index, text in enumerate(files):
+        path = Path(folder) / str(index)
+        if dist.get_rank() == 0:
+            path.mkdir()
+            (path / "manifest.json").write_text(text)
+        dist.barrier()
+        try:
+            save(path, filled(1.0))
+        except ValueError as error:
+            found.append((type(error).__name__, str(error)))
+        dist.barrier()
+        assert [file.name for file in path.iterdir()] == ["manifest.json"]
+        assert (path / "manifest.json").read_text() == text
+    return found
+
+
+def test_a_manifest_that_is_not_ours_is_left_alone(tmp_path):
+    for rank, found in enumerate(launch(save_where, 2, str(tmp_path), list(FOREIGN.values()))):
+        assert len(found) == len(FOREIGN)
+        for kind, text in found:
+            assert kind == "ValueError"
+            assert text.startswith("rank 0: " if rank else str(tmp_path))
+            assert "is no manifest of a checkpoint, and would be replaced: save into another folder" in text
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_checkpoint_may_be_replaced(one, name):
+    folder, model, optimizer = one
+    DAMAGE[name][0](folder)
+    save(folder, model, optimizer, notes="again")
+    other = Net(seed=4)
+    assert load(folder, other) == "again"
+    assert equal(weights(model), weights(other))
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_a_manifest_of_ours_may_be_replaced_wherever_it_is_cut_or_changed(tmp_path):
+    save(tmp_path, filled(0.0), notes=0.0)
+    whole = (tmp_path / "manifest.json").read_bytes()
+    cuts = [whole[:size] for size in (0, 1, 5, 17, 60, 200, len(whole) // 2, len(whole) - 1)]
+    flips = [whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :] for at in (0, 4, 20, 40, len(whole) // 2)]
+    number = 0.0
+    for text in (*cuts, *flips, bytes(len(whole)), whole):  # zeros: the size was on disk before the contents
+        number += 1
+        (tmp_path / "manifest.json").write_bytes(text)
+        save(tmp_path, filled(number), notes=number)
+        assert what_is_in(tmp_path) == number
+
+
+def test_without_its_data_files_a_manifest_is_known_by_how_it_begins(tmp_path):
+    save(tmp_path, filled(0.0))
+    whole = (tmp_path / "manifest.json").read_bytes()
+    for text, ours in (
+        (whole, True),
+        (whole[:60], True),
+        (whole[:300] + b"\xff" + whole[300:], True),
+        (b"", True),
+        (bytes(100), True),
+        (whole[:30], False),  # it might be anyone's
+    ):
+        for file in tmp_path.iterdir():
+            file.unlink()
+        (tmp_path / "manifest.json").write_bytes(text)
+        if ours:
+            save(tmp_path, filled(1.0), notes=1.0)
+            assert what_is_in(tmp_path) == 1.0
+        else:
+            with pytest.raises(ValueError, match="would be replaced"):
+                save(tmp_path, filled(1.0))
+            assert (tmp_path / "manifest.json").read_bytes() == text
+
+
+# --- what one rank finds ----------------------------------------------------------------------------------------------
 
 
 def test_damage_that_one_rank_finds_stops_all(saved, tmp_path):

@@ -1,11 +1,19 @@
-"""`two_hosts.sh`: refusals, and where the machine lets it run, two hosts with a cable between them."""
+"""`two_hosts.sh`: refusals, and where the machine lets it run, two hosts with a cable; what benchmarks say of it."""
 
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
+import torch.distributed as dist
+
+from mlsys.bench import find
+from mlsys.parallel.collectives import Communicator, Links, all_reduce
+from mlsys.parallel.launcher import launch
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "parallel" / "two_hosts.sh"
 CANNOT = 77
@@ -82,3 +90,39 @@ def test_two_hosts_run_the_same_program_and_nothing_is_left(tmp_path):
     ]
     left = subprocess.run(["ip", "-brief", "link"], capture_output=True, text=True, check=True).stdout
     assert "mlsys" not in left
+
+
+def test_the_benchmarks_know_the_cable(monkeypatch):
+    network = find.beside(str(SCRIPT), "_network")
+    monkeypatch.delenv(network.VARIABLE, raising=False)
+    assert network.case(bytes=1) == {"network": network.LOOPBACK, "ranks": 4, "bytes": 1}
+    assert network.mbit_of(network.case()) is None
+    assert network.cable(4) is None
+    monkeypatch.setenv(network.VARIABLE, "250")
+    assert network.mbit_of(network.case()) == 250
+    assert network.cable(4) == 250e6 / 8
+    assert network.cable(3) is None  # no half of them on each side
+
+
+def crossed(algorithms, elements):
+    """Bytes that this rank sends to the other half of the ranks, counted message by message, for each algorithm."""
+    n, rank, send, sent = dist.get_world_size(), dist.get_rank(), dist.ProcessGroup.send, Counter()
+
+    def counted(group, tensors, to, tag):
+        sent[algorithm] += sum(t.nbytes for t in tensors if (to < n // 2) != (rank < n // 2))
+        return send(group, tensors, to, tag)
+
+    with Communicator(shared_memory=False, links=Links(local=n // 2)) as group:
+        for algorithm in algorithms:
+            with mock.patch.object(dist.ProcessGroup, "send", counted):
+                all_reduce(torch.ones(elements), group, algorithm=algorithm, check=False)
+    return sent
+
+
+def test_what_crosses_the_cable_is_what_ranks_send():
+    network = find.beside(str(SCRIPT), "_network")
+    algorithms = ("ring", "hierarchical", "halving_doubling", "recursive_doubling")
+    ranks = launch(crossed, 4, algorithms, 1000)
+    for algorithm in algorithms:
+        for host in (ranks[:2], ranks[2:]):
+            assert sum(sent[algorithm] for sent in host) == network.crossing(algorithm, 4, 4000), algorithm

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from mlsys.models.transformer import Transformer
 from mlsys.parallel import LaunchError, launch
@@ -456,6 +457,107 @@ def test_closure_with_bfloat16_gradients():
     launch(ranks, 2)
 
 
+# --- scaled losses ----------------------------------------------------------------------------------------------------
+
+
+def wide(stage, n_weights=64, **options):
+    """One weight, of which rank 1 of two has the second half; rank 0 has all of it with split="tensors"."""
+    torch.manual_seed(0)
+    return STAGES[stage](nn.Linear(n_weights, 1, bias=False), shared(), **options)
+
+
+SCALED = {  # optimizer, its settings, settings of the model
+    "plain": (torch.optim.Adam, {"eps": 1e-4}, {}),
+    "fused": (torch.optim.AdamW, {"eps": 1e-4, "fused": True}, {}),
+    "a rank without a piece": (torch.optim.SGD, {"momentum": 0.9}, {"split": "tensors"}),
+    "float16": (torch.optim.Adam, {"eps": 1e-4}, {"dtype": torch.float16}),
+    "float16, fused": (torch.optim.SGD, {"fused": True}, {"dtype": torch.float16}),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_overflow_in_one_ranks_slice_leaves_the_step_out_on_all(stage):
+    def ranks():
+        for (cls, settings, options), first in itertools.product(SCALED.values(), (True, False)):
+            model, oracle = wide(stage, **options), nn.Linear(64, 1, bias=False)
+            oracle.load_state_dict(model.full_state_dict())
+            optimizer = model.optimizer(cls, lr=0.01, **settings)
+            want = cls(oracle.parameters(), lr=0.01, **settings)
+            scaler = ShardedGradScaler("cpu", init_scale=8.0)
+            dtype = options.get("dtype", torch.float32)
+            for step, scale_after in enumerate((8.0, 4.0, 4.0)):
+                before = model.full_state_dict()["weight"]
+                x = torch.linspace(-1, 1, 64).view(1, 64) * (step + 1)
+                if step == 1:
+                    x[0, 63] = torch.finfo(dtype).max / 4  # 8 times that is too large
+                optimizer.zero_grad()
+                scaler.scale(model(x).float().sum()).backward()
+                if first:
+                    scaler.unscale_(optimizer)
+                finite = [bool(piece.tensor.grad.isfinite().all()) for piece in model.pieces()]
+                everyone = [None] * 2
+                dist.all_gather_object(everyone, finite)
+                assert sum(all(of_rank) for of_rank in everyone) == (1 if step == 1 else 2)
+                if first and step != 1:
+                    norm = model.clip_grad_norm(1.0)
+                    assert abs(norm - x.norm()) < 1e-2 * norm
+                scaler.step(optimizer)
+                scaler.update()
+                assert scaler.get_scale() == scale_after
+                after = model.full_state_dict()["weight"]
+                if step == 1:
+                    assert torch.equal(after, before)
+                    continue
+                want.zero_grad()
+                oracle(x).sum().backward()
+                if first:
+                    nn.utils.clip_grad_norm_(oracle.parameters(), 1.0)
+                want.step()
+                torch.testing.assert_close(
+                    after, oracle.weight.detach(), rtol=0, atol=1e-6 if dtype.itemsize == 4 else 1e-3
+                )
+
+    launch(ranks, 2)
+
+
+def test_what_is_unscaled_from_float16_is_float32():
+    """1.37 · 2⁻²⁰ has five bits in float16."""
+
+    def ranks():
+        for stage in STAGES:
+            model = wide(stage, dtype=torch.float16)
+            optimizer = model.optimizer(torch.optim.SGD, lr=1.0)
+            scaler = ShardedGradScaler("cpu", init_scale=2.0**16)
+            x = torch.full((1, 64), 1.37 * 2**-8).half()
+            scaler.scale(model(x).float().sum() * 2**-12).backward()
+            scaler.unscale_(optimizer)
+            for piece in model.pieces():
+                assert piece.tensor.grad.dtype == torch.float32
+                assert (piece.tensor.grad == x[0, 0].float() * 2**-12).all()
+
+    launch(ranks, 2)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_scaler_that_asks_one_rank_alone_is_refused_on_all(stage):
+    def ranks():
+        for fused, first in itertools.product((False, True), repeat=2):
+            model = wide(stage, split="tensors")  # rank 1 has nothing that could overflow
+            before = model.full_state_dict()["weight"]
+            optimizer = model.optimizer(torch.optim.Adam, lr=0.01, fused=fused)
+            scaler = torch.amp.GradScaler("cpu")
+            scaler.scale(model(torch.ones(1, 64)).sum()).backward()
+            if first:
+                scaler.unscale_(optimizer)
+            with pytest.raises(TypeError, match=r"GradScaler would leave this step out on .* ShardedGradScaler"):
+                scaler.step(optimizer)
+            assert torch.equal(model.full_state_dict()["weight"], before)
+            torch.amp.GradScaler("cpu", enabled=False).step(optimizer)  # it does nothing
+            assert not torch.equal(model.full_state_dict()["weight"], before)
+
+    launch(ranks, 2)
+
+
 # --- what goes wrong --------------------------------------------------------------------------------------------------
 
 
@@ -500,6 +602,94 @@ def test_backward_through_weights_of_before_the_step_is_refused(stage):
         optimizer.step()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             value.backward()
+
+    launch(ranks, 2)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_wrapper_has_no_parameters_and_stays_where_it_is(stage):
+    def ranks():
+        oracle, model = net(), wrap(stage, net())
+        for ask in (
+            lambda: torch.optim.SGD(model.parameters(), lr=0.1),
+            model.named_parameters,
+            lambda: nn.utils.clip_grad_norm_(model.parameters(), 1.0),
+            lambda: model.requires_grad_(False),
+        ):
+            with pytest.raises(TypeError, match=rf"ZeRO{stage}\.parameters\(\): .* by model\.optimizer\(cls, lr=…\)"):
+                ask()
+        for move in (
+            lambda: model.to("cpu"),
+            lambda: model.to(torch.float64),
+            model.double,
+            model.cuda,
+            lambda: model.to_empty(device="cpu"),
+            model.share_memory,
+        ):
+            with pytest.raises(RuntimeError, match=rf"ZeRO{stage} .* convert the module before it is wrapped"):
+                move()
+        assert [p.shape for p in model.module.parameters()] == [p.shape for p in oracle.parameters()]
+        assert [p.requires_grad for p in model.module.parameters()] == [True] * len(list(oracle.parameters()))
+        assert model.train() is model
+        assert model.module.norm.training
+        assert model.eval() is model
+        assert not model.module.norm.training
+        assert repr(model).startswith(f"ZeRO{stage}(\n  (module): Net(")
+        whole, mine = batch(0)
+        loss(model, *mine).backward()
+        model.zero_grad()
+        assert all(piece.tensor.grad is None for piece in model.pieces())
+        with contextlib.nullcontext() if stage < 3 else model.gathered():
+            close(model.state_dict(), oracle.state_dict(), 0)
+        optimizer, want = model.optimizer(torch.optim.SGD, lr=0.1), torch.optim.SGD(oracle.parameters(), lr=0.1)
+        for which, one, data in ((model, optimizer, mine), (oracle, want, whole)):
+            loss(which, *data).backward()
+            one.step()
+        close(model.full_state_dict(), oracle.state_dict())
+
+    launch(ranks, 2)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_weights_that_were_converted_inside_are_refused(stage):
+    def ranks():
+        def copy_weight(layer):
+            layer.weight.data = layer.weight.data.clone()
+
+        for change in (nn.Module.float, copy_weight):
+            model = wrap(stage, net())
+            model.module.to(torch.float64)  # they are: nothing changes
+            model(batch(0)[1][0])
+            change(model.module.blocks[1])
+            with pytest.raises(RuntimeError, match=rf"blocks\.1\.\w+ was .* no step of ZeRO{stage} would change it"):
+                model(batch(0)[1][0])
+
+    launch(ranks, 2)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_running_means_of_another_precision_are_refused(stage):
+    def ranks():
+        def build(norm):
+            torch.manual_seed(0)
+            return nn.Sequential(nn.Linear(5, 4), norm)
+
+        x = torch.arange(15.0).view(3, 5).sin()
+        for norm in (nn.BatchNorm1d(4), nn.SyncBatchNorm(4), nn.InstanceNorm1d(4, track_running_stats=True)):
+            for dtype in (torch.bfloat16, torch.float16):
+                with pytest.raises(
+                    ValueError, match=rf"dtype={dtype}: 1 \({type(norm).__name__}\) keeps its running mean"
+                ):
+                    STAGES[stage](build(norm), shared(), dtype=dtype)
+        with pytest.raises(ValueError, match=r"dtype=torch.bfloat16: module \(BatchNorm1d\) keeps"):
+            STAGES[stage](nn.BatchNorm1d(4), shared(), dtype=torch.bfloat16)
+        for options in ({}, {"dtype": torch.float32}):
+            model, oracle = STAGES[stage](build(nn.BatchNorm1d(4)), shared(), **options), build(nn.BatchNorm1d(4))
+            assert torch.equal(model(x), oracle(x))
+            assert torch.equal(model.module[1].running_mean, oracle[1].running_mean)
+        for norm in (nn.BatchNorm1d(4, track_running_stats=False), nn.GroupNorm(2, 4)):
+            model = STAGES[stage](build(norm), shared(), dtype=torch.bfloat16)
+            assert model(x).dtype == torch.bfloat16
 
     launch(ranks, 2)
 
@@ -688,11 +878,11 @@ def test_memory_is_that_of_the_formula(n, dtype):
                 model(tokens).float().square().mean().backward()
                 before = model.memory()
                 adam.step()
-            found.append((before, sum(p.numel() for p in model.module.parameters()), model.flats))
-        return [(memory, count, sum(f.layout.total for f in flats)) for memory, count, flats in found]
+            found.append((before, model.memory(), sum(p.numel() for p in model.module.parameters()), model.flats))
+        return [(*memories, count, sum(f.layout.total for f in flats)) for *memories, count, flats in found]
 
     for rank in launch(ranks, n):
-        for stage, (got, count, padded_count) in zip(STAGES, rank):
+        for stage, (got, after, count, padded_count) in zip(STAGES, rank):
             want = zero.memory(
                 count, n, stage, bytes_weights=weights, bytes_gradients=gradients, bytes_optimizer=optimizer
             )
@@ -701,6 +891,8 @@ def test_memory_is_that_of_the_formula(n, dtype):
             assert got.weights <= want.weights + spare * weights
             assert got.gradients <= want.gradients + spare * gradients
             assert got.optimizer <= want.optimizer + spare * optimizer + 8 * 200  # Adam's step counters
+            wide = (4 if stage == 1 else 2) * count / n if dtype else 0  # the step's float32 gradients
+            assert after.gradients == pytest.approx(want.gradients + wide, rel=0.05)
 
 
 @pytest.mark.parametrize("n", [2, 3])

@@ -494,6 +494,46 @@ def test_passes_without_a_backward_pass():
     launch(ranks, 2)
 
 
+def test_a_forward_pass_that_was_refused_leaves_no_trace():
+    """Warnings are errors here, and torch warns of a hook that raises after a forward pass that did."""
+
+    def ranks():
+        oracle, model = stack(), ZeRO3(stack(), shared())
+        whole, mine = batch()
+        loss(oracle(whole)).backward()
+
+        def refuse(*_):
+            raise ArithmeticError("as told")
+
+        def by_the_door():
+            model.module.last.weight.requires_grad_(False)
+            return lambda: model.module.last.weight.requires_grad_(True), ValueError, r"requires_grad of last\.weight"
+
+        def before_the_root():
+            return model.module.register_forward_pre_hook(refuse, prepend=True).remove, ArithmeticError, "as told"
+
+        def before_a_unit():
+            block = model.module.blocks[2]
+            return block.register_forward_pre_hook(refuse, prepend=True).remove, ArithmeticError, "as told"
+
+        for reason in (by_the_door, before_the_root, before_a_unit):
+            undo, error, text = reason()
+            with pytest.raises(error, match=text):
+                model(mine)
+            undo()
+            with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
+                model(mine, nonsense=1)
+            assert live(model) == 0
+            assert not any(unit.calls for unit in model.units)
+            model.zero_grad()
+            loss(model(mine)).backward()
+            assert live(model) == 0
+            want = sum(p.grad.norm() ** 2 for p in oracle.parameters()).sqrt()
+            assert abs(model.clip_grad_norm(1e9) - want) < 1e-12
+
+    launch(ranks, 2)
+
+
 # --- models that begin on meta ----------------------------------------------------------------------------------------
 
 
