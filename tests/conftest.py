@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch and numpy when they start; children inherit it
@@ -18,7 +18,7 @@ import hypothesis
 import jaxtyping
 import pytest
 
-from mlsys import catalog
+from mlsys import catalog, cli
 
 hypothesis.settings.register_profile("mlsys", deadline=None, derandomize=True, database=None, print_blob=False)
 hypothesis.settings.load_profile("mlsys")
@@ -64,3 +64,18 @@ def one_thread() -> Iterator[None]:
     torch = sys.modules.get("torch")  # not imported for tests that do without it
     if torch is not None and torch.get_num_threads() != 1:
         torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The one line of complaint about a bad request."""
+
+    def run(*words: str) -> str:
+        assert cli.main(words) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.startswith("mlsys: ")
+        assert printed.err.count("\n") == 1
+        return printed.err.removeprefix("mlsys: ").strip()
+
+    return run

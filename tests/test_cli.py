@@ -15,16 +15,6 @@ from mlsys.commands import list as list_command
 HEAVY = ("torch", "numpy", "numba", "triton", "jaxtyping", "matplotlib", "psutil")
 
 
-def fails(capsys, *words):
-    """The one line of complaint about a bad request."""
-    assert cli.main(words) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.startswith("mlsys: ")
-    assert printed.err.count("\n") == 1
-    return printed.err.removeprefix("mlsys: ").strip()
-
-
 # --- starting ---
 
 
@@ -93,15 +83,15 @@ def test_python_dash_m():
 # --- complaining ---
 
 
-def test_bad_requests_are_one_line(capsys):
-    assert fails(capsys, "chek") == "no command 'chek'; did you mean check?"
-    assert fails(capsys, "zzz").startswith("no command 'zzz'; there are list, show, check")
-    assert fails(capsys, "list", "--colour") == "unrecognized arguments: --colour; see `mlsys list --help`"
-    assert fails(capsys, "show") == "the following arguments are required: NAME; see `mlsys show --help`"
-    assert fails(capsys, "show", "attention.flsh") == "no technique 'attention.flsh'; did you mean attention.flash?"
-    assert fails(capsys, "list", "atention") == "no area 'atention'; did you mean attention?"
-    assert "expected a positive number of seconds" in fails(capsys, "check", "x", "--limit", "-1")
-    assert "invalid" in fails(capsys, "check", "x", "--limit", "soon")
+def test_bad_requests_are_one_line(fails):
+    assert fails("chek") == "no command 'chek'; did you mean check?"
+    assert fails("zzz").startswith("no command 'zzz'; there are list, show, check")
+    assert fails("list", "--colour") == "unrecognized arguments: --colour; see `mlsys list --help`"
+    assert fails("show") == "the following arguments are required: NAME; see `mlsys show --help`"
+    assert fails("show", "attention.flsh") == "no technique 'attention.flsh'; did you mean attention.flash?"
+    assert fails("list", "atention") == "no area 'atention'; did you mean attention?"
+    assert "expected a positive number of seconds" in fails("check", "x", "--limit", "-1")
+    assert "invalid" in fails("check", "x", "--limit", "soon")
 
 
 @pytest.fixture
@@ -123,24 +113,24 @@ def command(monkeypatch):
     ],
 )
 @pytest.mark.parametrize("where", ["before", "after", "absent"])
-def test_expected_errors_are_one_line_unless_debugging(capsys, command, error, says, where):
+def test_expected_errors_are_one_line_unless_debugging(fails, command, error, says, where):
     def run(args):
         raise error
 
     command(run)
     if where == "absent":
-        assert fails(capsys, "list").startswith(says)
+        assert fails("list").startswith(says)
     else:
         with pytest.raises(type(error)):
             cli.main(["--debug", "list"] if where == "before" else ["list", "--debug"])
 
 
-def test_what_may_be_a_bug_says_how_to_see_it(capsys, monkeypatch):
+def test_what_may_be_a_bug_says_how_to_see_it(fails, monkeypatch):
     def failing(source, module):
         scope = {"__name__": module}
         exec(f"def run(args):\n    {source}", scope)
         monkeypatch.setattr(list_command, "run", scope["run"])
-        return fails(capsys, "list")
+        return fails("list")
 
     hint = "; `--debug` shows where"
     for source in ("{}['key']", "int('x')", "None + 1", "import json; json.loads('{')"):

@@ -210,6 +210,7 @@ bench = Benchmark(
     series=chosen,
     contract="parallel.collectives",
     yours=does("all_reduce"),
+    budget_s=4.0,
     ranks=lambda case: case["ranks"],
     plots=(
         Plot(x="bytes", xlabel="bytes of the vector", y="speedup", panel=("operation", "ranks")),

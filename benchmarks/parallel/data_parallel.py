@@ -207,6 +207,7 @@ bench = Benchmark(
     figures=figures,
     contract="parallel.data_parallel",
     stateful=True,
+    budget_s=20.0,
     ranks=lambda case: case["ranks"],
     plots=(Plot(xlabel="all ranks", y="throughput", panel=("model", "width", "ranks", "compress")),),
 )

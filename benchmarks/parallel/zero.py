@@ -269,6 +269,7 @@ bench = Benchmark(
     contract="parallel.zero",
     yours=only(1, 2),
     stateful=True,
+    budget_s=15.0,
     ranks=lambda case: case["ranks"],
     plots=(Plot(xlabel="all ranks", y="throughput", panel=("stage", "width", "ranks")),),
     pictures={"memory": memory_picture},

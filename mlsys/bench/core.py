@@ -102,6 +102,8 @@ class Benchmark:
     contract: the contract that a `--impl` must pass before it is timed.
     memory:   whether to measure the peak memory of a call.
     plots:    what the pictures show; `pictures` are further ones: name → (records → SVG, or None with nothing to draw).
+    budget_s: seconds for the rounds of a case, where a call takes so long that the usual ones hold too few; not with
+              --quick.
     stateful: whether a call goes on from the last, as training steps do; else each gives the same result. Then the
               n-th call of one is verified against the n-th of the reference, and no call is repeated in a sample.
     """
@@ -119,6 +121,7 @@ class Benchmark:
     yours: Callable[[Case], bool] = lambda case: True
     ranks: Callable[[Case], int] | None = None
     contract: str | None = None
+    budget_s: float = 0.0
     stateful: bool = False
     memory: bool = False
     plots: Sequence[Plot] = field(default_factory=tuple)
@@ -294,7 +297,7 @@ def measure(
     assert limits is not None
     while True:
         try:
-            samples, peaks = trial.time(settings.budget_s)
+            samples, peaks = trial.time(max(settings.budget_s, 0.0 if settings.size == "quick" else bench.budget_s))
             break
         except Refused as why:  # what it did may have touched the others' times: once more, without it
             refuse(why)

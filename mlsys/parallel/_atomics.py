@@ -9,9 +9,12 @@ A reader that sees a flag by an acquire load therefore sees all that its writer 
 both are plain moves, as the processor keeps the order anyway, and only the compiler must be told. ARM reorders: there
 they are `ldar` and `stlr`, and plain moves would now and then publish a flag before its data.
 
+Who waits for all others looks at one word, in which they are counted, not at the flag of each: with a flag each, a rank
+would sleep and be woken for one after the other, and where ranks are more than cores each of these costs a turn.
+
 A waiter that has looked for a while sleeps. Linux has a call for that, the futex: sleep while this word is so, and wake
-who sleeps on this word. Sleepers are counted, so that a writer for whom nobody waits makes no call. Elsewhere a sleeper
-looks again every few microseconds.
+who sleeps on this word. Sleepers are counted, so that the last to arrive makes no call if nobody sleeps, and only the
+last wakes anyone. Elsewhere a sleeper looks again every few microseconds.
 
 Addresses are plain integers, so that a call costs less than a microsecond.
 """
@@ -33,7 +36,7 @@ intrinsic: Any = extending.intrinsic  # numba replaces the signature, which type
 # futex(2), by the number of the system call: a process sleeps on a 32-bit word, and who writes it wakes the sleepers.
 FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98}.get(platform.machine(), 0) if sys.platform == "linux" else 0
 NAP_US = 50  # where there is no futex, a sleeper looks again after so long
-SLEEPERS = 8  # in a flag's line, the offset of the number of those who sleep on it
+SLEEPERS = 8  # after a count, how far on is the number of those who sleep on it
 
 _sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())
 _usleep: Any = types.ExternalFunction("usleep", types.int32(types.int32))
@@ -146,42 +149,45 @@ def odd_one(headers: int, n: int, stride: int) -> int:
     return -1
 
 
-@_compiled(int64(int64, int64, int64, int64, int64))
-def wait(flags: int, n: int, epoch: int, yields: int, timeout: int) -> int:
-    """Wait until each of the `n` flags is at `epoch` or beyond. Returns −1, or a rank that is not after a while.
+@_compiled(int64(int64, int64, int64, int64))
+def wait(count: int, goal: int, yields: int, timeout: int) -> int:
+    """Wait until the word at `count` is at `goal` or beyond: 1, or 0 if it is not after a while.
 
-    "A while" is `SPINS` loads, as many again after each of `yields` turns given to other processes, and then one sleep
-    until the flag is written, or as long as the two words at `timeout` say: seconds and nanoseconds.
+    "A while" is `SPINS` loads, as many again after each of `yields` turns given to other processes, and then a sleep
+    until the goal is reached, or until nothing has happened for as long as the two words at `timeout` say: seconds and
+    nanoseconds.
     """
-    for rank in range(n):
-        flag = flags + rank * LINE
-        spins = slept = 0
-        while _load_acquire(flag) < epoch:
-            spins += 1
-            if spins <= SPINS:
-                continue
-            spins = 0
-            if yields > 0:
-                yields -= 1
-                _sched_yield()
-                continue
-            if slept:
-                return rank
-            # The count first, the flag then: the writer does it in the other order, so one of the two sees the other.
-            _add(flag + SLEEPERS, 1)
-            seen = _load_acquire(flag)
-            if seen < epoch:
-                _sleep(flag, seen, timeout)
-            _add(flag + SLEEPERS, -1)
-            slept = 1
-    return -1
+    spins = slept = 0
+    while _load_acquire(count) < goal:
+        spins += 1
+        if spins <= SPINS:
+            continue
+        spins = 0
+        if yields > 0:
+            yields -= 1
+            _sched_yield()
+            continue
+        if slept:
+            return 0
+        # The sleepers first, the count then: the last to arrive does it in the other order, so one sees the other.
+        _add(count + SLEEPERS, 1)
+        seen = _load_acquire(count)
+        while seen < goal:
+            _sleep(count, seen, timeout)
+            before, seen = seen, _load_acquire(count)
+            if seen == before:
+                break
+        _add(count + SLEEPERS, -1)
+        slept = 1
+    return 1
 
 
 @_compiled(int64(int64, int64, int64, int64, int64, int64))
-def arrive(flags: int, n: int, rank: int, epoch: int, yields: int, timeout: int) -> int:
-    """Set the flag of `rank`, one's own, to `epoch`, wake who sleeps on it, and `wait` for the others."""
-    flag = flags + rank * LINE
+def arrive(flag: int, epoch: int, count: int, n: int, yields: int, timeout: int) -> int:
+    """Set one's own flag to `epoch`, be counted, and `wait` for the others of `n`; the last to come wakes all."""
     _store_release(flag, epoch)
-    if _add(flag + SLEEPERS, 0):  # a read that cannot be done before that store, unlike a load
-        _wake(flag)
-    return wait(flags, n, epoch, yields, timeout)
+    if _add(count, 1) + 1 < n * epoch:
+        return wait(count, n * epoch, yields, timeout)
+    if _add(count + SLEEPERS, 0):  # a read that cannot be done before that of the count, unlike a load
+        _wake(count)
+    return 1

@@ -137,7 +137,8 @@ class Segment:
         words = np.frombuffer(self._map, np.int64)
         self._headers = words[headers_at // 8 :][: BUFFERS * n * self._header_words].reshape(BUFFERS, n, -1)
         self._states = words[(1 + n) * LINE // 8 : headers_at // 8].reshape(n, -1)
-        self._flags = self._bytes.data_ptr() + LINE
+        self._count = self._bytes.data_ptr() + TOKEN  # of all arrivals: n in each epoch
+        self._flags = self._bytes.data_ptr() + LINE  # the epoch of each rank, to say who is missing
         self._headers_at = self._bytes.data_ptr() + headers_at
         self._slots: dict[torch.dtype, list[list[Tensor]]] = {}
         # Of this rank's own line: its state, its process, and after what time (s, ns) its sleep is to end.
@@ -180,7 +181,8 @@ class Segment:
     def cross(self, call: Call) -> None:
         """Wait until all ranks are here. What a rank wrote before it crossed, all may read afterwards."""
         self.epoch += 1
-        if _atomics.arrive(self._flags, self.size, self.rank, self.epoch, YIELDS, self._look_after) >= 0:
+        flag = self._flags + self.rank * LINE
+        if not _atomics.arrive(flag, self.epoch, self._count, self.size, YIELDS, self._look_after):
             self._wait(call)
 
     def give_up(self, why: str) -> None:
@@ -204,7 +206,7 @@ class Segment:
     def _wait(self, call: Call) -> None:
         """Sleep until all are here, and wake now and then to look whether that can still be; and for signals."""
         started = looked = time.monotonic()
-        while _atomics.wait(self._flags, self.size, self.epoch, 0, self._look_after) >= 0:
+        while not _atomics.wait(self._count, self.size * self.epoch, 0, self._look_after):
             now = time.monotonic()
             if now - looked >= LOOK or now - started >= self.timeout:
                 looked = now

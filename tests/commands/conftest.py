@@ -2,27 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from mlsys import cli
-
-
-@pytest.fixture
-def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """The one line of complaint about a bad request."""
-
-    def run(*words: str) -> str:
-        assert cli.main(words) == 2
-        printed = capsys.readouterr()
-        assert printed.out == ""
-        assert printed.err.startswith("mlsys: ")
-        assert printed.err.count("\n") == 1
-        return printed.err.removeprefix("mlsys: ").strip()
-
-    return run
 
 
 @pytest.fixture

@@ -724,34 +724,36 @@ def test_waits_where_there_is_no_futex(monkeypatch):
 
 
 def check_waiting(atomics):
-    words = torch.zeros(4 * atomics.LINE // 8, dtype=torch.int64)
-    flags, one_ms = words.data_ptr(), words[-2:]
-    one_ms[1] = 1_000_000
-    timeout = one_ms.data_ptr()
-    assert atomics.arrive(flags, 3, 1, 5, 3, timeout) == 0
-    atomics.store(flags, 5)
-    assert atomics.wait(flags, 3, 5, 3, timeout) == 2
-    atomics.store(flags + 2 * atomics.LINE, 6)  # one that is ahead
-    assert atomics.wait(flags, 3, 5, 0, timeout) == -1
-    assert words[:: atomics.LINE // 8].tolist() == [5, 5, 6, 0]
-    assert words[1 :: atomics.LINE // 8].tolist() == [0] * 4  # nobody sleeps any more
+    words = torch.zeros(8, dtype=torch.int64)  # two flags, the count and its sleepers, a time
+    flags, count, timeout = words.data_ptr(), words.data_ptr() + 2 * 8, words.data_ptr() + 6 * 8
+    words[-1] = 1_000_000  # ns
+    assert atomics.arrive(flags, 1, count, 2, 3, timeout) == 0
+    assert atomics.wait(count, 2, 3, timeout) == 0
+    assert atomics.arrive(flags + 8, 1, count, 2, 3, timeout) == 1
+    assert atomics.wait(count, 2, 0, timeout) == 1
+    assert atomics.arrive(flags + 8, 2, count, 2, 0, timeout) == 0  # one that is ahead
+    assert atomics.wait(count, 2, 0, timeout) == 1
+    assert words.tolist() == [1, 2, 3, 0, 0, 0, 0, 1_000_000]  # nobody sleeps any more
 
 
 def test_a_sleeper_is_woken():
-    words = torch.zeros(3 * _atomics.LINE // 8, dtype=torch.int64)
-    flags, one_minute = words.data_ptr(), words[-2:]
-    one_minute[0] = 60
-    timeout = one_minute.data_ptr()
+    words = torch.zeros(8, dtype=torch.int64)
+    flags, count, timeout = words.data_ptr(), words.data_ptr() + 3 * 8, words.data_ptr() + 6 * 8
+    words[6] = 60  # s
 
     def sleep():
-        while _atomics.wait(flags, 2, 1, 0, timeout) >= 0:
+        while not _atomics.wait(count, 3, 0, timeout):
             pass
 
-    _atomics.store(flags, 1)
     sleeper = threading.Thread(target=sleep)
     sleeper.start()
-    while _atomics.load(flags + _atomics.LINE + _atomics.SLEEPERS) == 0:
+    while _atomics.load(count + _atomics.SLEEPERS) == 0:
         pass
-    assert _atomics.arrive(flags, 2, 1, 1, 0, timeout) == -1
+    words[7] = 1000  # ns, and for these no seconds
+    words[6] = 0
+    assert _atomics.arrive(flags, 1, count, 3, 0, timeout) == 0  # not the last: nobody is woken
+    assert _atomics.arrive(flags + 8, 1, count, 3, 0, timeout) == 0
+    assert sleeper.is_alive()
+    assert _atomics.arrive(flags + 16, 1, count, 3, 0, timeout) == 1
     sleeper.join(20)
     assert not sleeper.is_alive()
