@@ -247,6 +247,7 @@ def only(*stages: int) -> Callable[[Case], bool]:
 
 QUICK = [case(stage, 128, 2, 2) for stage in (3, 1, 2)]
 DEFAULT = [case(stage, 256, n, 4) for stage in (1, 2, 3) for n in (2, 4)]
+DEFAULT += [case(3, 256, n, 1) for n in (2, 4)]  # a quarter of the tokens, the same weights to gather
 bench = Benchmark(
     __file__,
     cases={
