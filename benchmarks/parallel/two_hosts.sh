@@ -166,10 +166,10 @@ start() { # start NUMBER ADDRESS MBIT
 }
 
 for mbit in ${mbits//,/ }; do
-    # The bucket holds what passes in 10 ms, and at least one of the largest packets that a veth takes.
-    burst=$((mbit * 1000000 / 8 / 100))
+    # The bucket holds what passes in half a millisecond, and at least one of the largest packets that a veth takes.
+    # Whatever fits in it passes at once: a larger one would be a cable of no bandwidth to all but long vectors.
+    burst=$((mbit * 1000000 / 8 / 2000))
     ((burst >= 70000)) || burst=70000
-    ((burst <= 4000000)) || burst=4000000
     queue=(tbf rate "${mbit}mbit" burst "$burst" latency 200ms)
     [[ $latency_ms == 0 ]] || queue=(netem delay "${latency_ms}ms" rate "${mbit}mbit")
     echo "two_hosts.sh: two hosts of $ranks ranks, $mbit Mbit/s between them" >&2
