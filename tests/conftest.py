@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch and numpy when they start; children inherit it
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a script's background: tests of Ctrl-C would wait for ever
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a script: tests of Ctrl-C would hang
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis
