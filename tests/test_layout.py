@@ -105,8 +105,9 @@ def undocumented(node, prefix=""):
 
 
 def overridden(node):
-    """Whether this is a method whose meaning its base class states (`torch.autograd.Function`, `nn.Module`)."""
-    return node.name in ("forward", "backward", "setup_context")
+    """Whether its meaning is said elsewhere: by a base class (`autograd.Function`, `nn.Module`), or after overloads."""
+    typed_only = any(isinstance(by, ast.Name) and by.id == "overload" for by in node.decorator_list)
+    return typed_only or node.name in ("forward", "backward", "setup_context")
 
 
 def coverage_problems(root):

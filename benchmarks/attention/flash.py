@@ -7,15 +7,16 @@ converts more than it multiplies, and two large matmuls a tile beat it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mlsys.attention import flash, naive
+from mlsys.attention import flash, flash_numba, naive, variants
 from mlsys.bench import Benchmark, Impl, Plot, Work
+from mlsys.bench.records import Record
 
 Case = Mapping[str, Any]
 HEADS, HEAD_DIM = 8, 64
@@ -73,6 +74,38 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
+def tiles_picture(records: Sequence[Record]) -> str | None:
+    """The tiles that the forward pass visits under each mask, counted by the walk itself; it needs no record."""
+    from matplotlib.patches import Rectangle
+
+    from mlsys.bench.plots import COLOURS, new_figure, to_svg
+
+    n, block = 512, 32
+    documents = torch.arange(n) * 4 // n
+    masks: dict[str, dict[str, Any]] = {
+        "full": {},
+        "causal": {"causal": True},
+        "window of 128": {"causal": True, "window": (127, 0)},
+        "window of 64 either side": {"window": (64, 64)},
+        "four documents": {"causal": True, "mask": variants.document_mask(documents)},
+        "prefix of 192": {"mask": variants.prefix_mask(n, n, 192)},
+        "first 16 and latest 96": {"mask": variants.streaming_mask(n, n, 16, 96)},
+        "last 128 queries": {"causal": True},
+    }
+    figure, axes = new_figure(4, 2, width=2.6, height=2.8)
+    for ax, (name, options) in zip(axes, masks.items(), strict=True):
+        t = 128 if name == "last 128 queries" else n
+        visited = flash.tiles(t, n, **options, block_q=block, block_k=block)
+        for queries, keys in visited:
+            ax.add_patch(
+                Rectangle((keys.start, queries.start), len(keys), len(queries), facecolor=COLOURS[0], edgecolor="white")
+            )
+        ax.set(xlim=(0, n), ylim=(t, 0), aspect="equal", xlabel="keys", ylabel="queries", xticks=[0, n], yticks=[0, t])
+        share = sum(len(queries) * len(keys) for queries, keys in visited) / (t * n)
+        ax.set_title(f"{name}: {share:.0%}", fontsize=9)
+    return to_svg(figure)
+
+
 DTYPES = ("float32", "bfloat16")
 bench = Benchmark(
     __file__,
@@ -104,9 +137,10 @@ bench = Benchmark(
     impls={
         "naive": Impl(lambda: naive.attention, "reference"),
         "flash": Impl(lambda: flash.attention, "ours"),
+        "flash numba": Impl(lambda: flash_numba.attention, "ours"),
         "torch sdpa": Impl(lambda: sdpa, "peer"),
     },
-    subject="flash",
+    subject="flash numba",
     prepare=prepare,
     verify=verify,
     contract="attention.flash",
@@ -127,6 +161,7 @@ bench = Benchmark(
             only=lambda case: not case["backward"] and case["n"] <= 4096,  # same number of heads
         ),
     ),
+    pictures={"tiles": tiles_picture},
 )
 
 if __name__ == "__main__":

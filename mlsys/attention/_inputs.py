@@ -4,11 +4,17 @@ The checks read shapes and dtypes only, never values: a pass over the data would
 cost more than it protects. NaN and infinity go through the arithmetic like numbers.
 """
 
+from __future__ import annotations
+
 import math
+from dataclasses import dataclass
 from numbers import Real
+from typing import TypedDict
 
 import torch
 from torch import Tensor
+
+from mlsys.attention._visible import Band, band
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -52,7 +58,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
             raise ValueError(f"{name} must have head_dim at least 1, got shape {tuple(x.shape)}")
     if not isinstance(causal, bool):
         raise TypeError(
-            f"causal must be True or False, got {type(causal).__name__} (masks as tensors are not supported)"
+            f"causal must be True or False, got {type(causal).__name__}: a mask as a tensor is the argument mask"
         )
     if scale is None:
         return q.shape[3] ** -0.5
@@ -73,3 +79,106 @@ def check_block(name: str, size: int | None) -> None:
         )
     if size < 1:
         raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+class Options(TypedDict, total=False):
+    """The options of every attention function here, as keywords."""
+
+    causal: bool
+    window: tuple[int, int]
+    mask: Tensor | None
+    alibi: Tensor | None
+    softcap: float | None
+    sinks: Tensor | None
+    scale: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Rules:
+    """What happens between the scores and the output, checked: which keys are seen, and how scores are changed."""
+
+    band: Band
+    mask: Tensor | None  # (b, h, t, s) True where visible, a view of what was given
+    alibi: Tensor | None  # (h,) slopes, float32 at least, as the next
+    softcap: float | None
+    sinks: Tensor | None  # (h,)
+
+    @property
+    def by_band_alone(self) -> bool:
+        """Whether the scores are used as they are, but for the band."""
+        return self.mask is None and self.alibi is None and self.softcap is None and self.sinks is None
+
+
+def check_rules(
+    q: Tensor,
+    k: Tensor,
+    causal: bool,
+    window: tuple[int, int],
+    mask: Tensor | None,
+    alibi: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Rules:
+    """The options beside causal and scale, after refusing what no formula could mean; q and k are checked before."""
+    b, h, t, _ = q.shape
+    s = k.shape[2]
+    sides = window if isinstance(window, tuple | list) else ()
+    if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) for side in sides):
+        raise TypeError(f"window must be two ints (left, right), −1 for no bound on that side, got {window!r}")
+    if min(sides) < -1:
+        raise ValueError(f"window must be numbers of keys (left, right), or −1 for no bound, got {window!r}")
+    if mask is not None:
+        mask = _check_mask(mask, (b, h, t, s), q.device)
+    if softcap is not None:
+        if isinstance(softcap, bool) or not isinstance(softcap, Real):
+            raise TypeError(f"softcap must be a number or None (for no cap), got {type(softcap).__name__}")
+        if not 0 < softcap < math.inf:
+            raise ValueError(f"softcap must be positive and finite, got {softcap}: leave it None for no cap")
+    if alibi is not None and isinstance(alibi, Tensor) and alibi.requires_grad:
+        raise ValueError("alibi must not require a gradient, for it gets none here: pass alibi.detach()")
+    return Rules(
+        band(t, s, causal, (sides[0], sides[1])),
+        mask,
+        _check_per_head("alibi", alibi, q),
+        None if softcap is None else float(softcap),
+        _check_per_head("sinks", sinks, q),
+    )
+
+
+def _check_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a bool tensor or None, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"mask must be bool, True where a key is visible, got {mask.dtype}: "
+            "compare to make one, e.g. mask > 0, or mask == 0 if numbers are added to the scores"
+        )
+    if mask.device != device:
+        raise ValueError(f"mask must be on q's device {device}, got {mask.device}: move it, e.g. mask.to(q.device)")
+    try:
+        return mask.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"mask must be broadcastable to (batch, heads, t, s) = {shape}, got shape {tuple(mask.shape)}: "
+            "give its own axes length 1, e.g. mask[:, None, None, :] for one of (batch, s)"
+        ) from None
+
+
+def _check_per_head(name: str, x: Tensor | None, q: Tensor) -> Tensor | None:
+    """One number a query head, in float32 at least."""
+    if x is None:
+        return None
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor (heads,) or None, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}: e.g. {name}.float()")
+    if x.shape != q.shape[1:2]:
+        raise ValueError(f"{name} must have one number a query head, ({q.shape[1]},), got shape {tuple(x.shape)}")
+    if x.device != q.device:
+        raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}: move it, e.g. {name}.to(q.device)")
+    return x.to(wide(q))
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype of scores, sums and gradients of `x` while they are worked on: float32 at least."""
+    return torch.float32 if x.element_size() == 2 else x.dtype

@@ -1,5 +1,14 @@
 """Contracts of `mlsys.attention`: what scaled dot-product attention must compute, forward and backward.
 
+    attention.naive     attention(q, k, v, *, causal, scale), forward and backward
+    attention.flash     the same with block_q and block_k, in memory that is linear in the length
+    attention.variants  attention with windows, masks, ALiBi, soft-cap, sinks and lse
+    attention.linear    attention(q, k, v, *, decay, state, return_state, chunk) without the softmax
+    attention.merge     merge(out_a, lse_a, out_b, lse_b)
+    attention.paged     decode(q, keys, values, tables, lengths) over blocks
+
+The options are a contract of their own, so that a first implementation can be complete without them.
+
 The oracle is written apart from the modules: float64, one einsum a step, the key
 head of each query head picked by its index. The tolerance comes from the inputs: the
 oracle's formula again, with the result of each step off by a random part of a rounding
@@ -25,24 +34,29 @@ See also:
 
 from __future__ import annotations
 
-import inspect
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mlsys.attention import flash, naive
+from mlsys.attention import flash, flash_numba, naive, paged_numba
+from mlsys.contracts import _attention_formula as formula
+from mlsys.contracts import (
+    _attention_kv_cache,
+    _attention_linear,
+    _attention_merge,
+    _attention_paged,
+    _attention_variants,
+)
 from mlsys.contracts.core import Case, Contract, Inputs, Mismatch, Results, Wrong
 
 SIGNATURE = "attention(q, k, v, *, causal=False, scale=None"
-ROOM = 4.0  # how many times the error of the rounded formula is allowed
-DRAWN, DRAWS = 4096, 64  # small cases are drawn again, until there are as many results or as many draws
 LINEAR, SHORTER = 8.0, 4  # at SHORTER times the length linear memory grows 4 times, quadratic 16 times: allow 8
 MATERIALISES = "hold one tile of block_q × block_k scores at a time; never a tensor of t × s elements"
 AUTOGRAD_KEEPS = (
@@ -159,7 +173,8 @@ def call(impl: Callable[..., Any], inputs: Inputs) -> Results:
     """The output and, where asked for, the gradients."""
     options: dict[str, Any] = {"causal": inputs["causal"]}
     options |= {name: inputs[name] for name in ("scale", "block_q", "block_k") if inputs.get(name) is not None}
-    _accepts(impl, options)
+    blocks = ", block_q=None, block_k=None" if "block_q" in options else ""
+    formula.accepts(impl, options, f"{SIGNATURE}{blocks})")
     tensors: dict[str, Tensor] = {name: inputs[name] for name in ("q", "k", "v", "grad_out") if name in inputs}
     if not inputs.get("linear_memory"):
         return _results(impl, options, tensors)
@@ -187,33 +202,10 @@ def _results(
         raise Mismatch(f"returned {out.dtype} for inputs of {qkv[0].dtype}: the output has the dtype of the inputs")
     results: Results = {"out": out.detach()}
     if backward:
-        results |= _gradients(out, qkv, tensors["grad_out"])
+        results |= formula.gradients({"out": out}, dict(zip("qkv", qkv, strict=True)), {"out": tensors["grad_out"]})
     for x in qkv:
         x.requires_grad_(False)
     return results
-
-
-def _accepts(impl: Callable[..., Any], options: dict[str, Any]) -> None:
-    """Mismatch, with the signature that is wanted, if `impl` cannot be called with three tensors and these options."""
-    try:
-        inspect.signature(impl).bind(None, None, None, **options)
-    except TypeError as error:
-        blocks = ", block_q=None, block_k=None" if "block_q" in options else ""
-        raise Mismatch(f"cannot be called as {SIGNATURE}{blocks}): {error}") from None
-    except ValueError:
-        return  # a builtin that does not tell its signature
-
-
-def _gradients(out: Tensor, qkv: list[Tensor], grad_out: Tensor) -> Results:
-    if out.requires_grad is False:
-        raise Mismatch("the output has no gradient: it was computed outside autograd (detach, no_grad or NumPy?)")
-    if out.shape != grad_out.shape:
-        raise Mismatch(f"out: shape {tuple(out.shape)}, expected {tuple(grad_out.shape)}")
-    grads = torch.autograd.grad(out, qkv, grad_out, allow_unused=True)
-    missing = [name for name, grad in zip("qkv", grads, strict=True) if grad is None]
-    if missing:
-        raise Mismatch(f"no gradient reaches {', '.join(missing)}")
-    return {f"{name}.grad": grad for name, grad in zip("qkv", grads, strict=True)}
 
 
 class _Held(TorchDispatchMode):
@@ -276,82 +268,6 @@ def _refuse_quadratic(held: _Held, shorter: _Held, t: int, s: int) -> None:
             "many as at a quarter of the length, where linear memory grows 4 times: "
             + (AUTOGRAD_KEEPS if keeps else MATERIALISES)
         )
-
-
-def oracle(inputs: Inputs) -> Mapping[str, np.ndarray]:
-    """The formula in float64, with gradients by autograd through it."""
-    q, k, v = (inputs[name].detach().double().cpu().requires_grad_("grad_out" in inputs) for name in "qkv")
-    with torch.enable_grad():
-        out = _formula(q, k, v, inputs["causal"], inputs["scale"])
-    results = {"out": out.detach().numpy()}
-    if "grad_out" in inputs:
-        grads = torch.autograd.grad(out, (q, k, v), inputs["grad_out"].double().cpu())
-        results |= {f"{name}.grad": grad.numpy() for name, grad in zip("qkv", grads, strict=True)}
-    return results
-
-
-def _formula(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    scale: float | None,
-    rounded: Callable[[Tensor], Tensor] = lambda x: x,
-) -> Tensor:
-    h, t, d = q.shape[1:]
-    h_kv, s = k.shape[1:3]
-    reads = torch.tensor([head * h_kv // h for head in range(h)])
-    q = rounded(q * (1 / math.sqrt(d) if scale is None else scale))
-    scores = rounded(torch.einsum("bhtd,bhsd->bhts", q, rounded(k)[:, reads]))
-    visible = torch.arange(s)[None, :] <= torch.arange(t)[:, None] + s - t if causal else torch.ones(t, s).bool()
-    # exp(score − largest visible score), and 0 for a row that sees nothing
-    top = torch.where(visible, scores, -math.inf).amax(-1, keepdim=True).clamp(min=-1e300).detach()
-    weights = torch.where(visible, torch.exp(torch.where(visible, scores - top, 0.0)), 0.0)
-    total = weights.sum(-1, keepdim=True)
-    weights = rounded(weights / torch.where(total > 0, total, 1.0))
-    return rounded(torch.einsum("bhts,bhse->bhte", weights, rounded(v)[:, reads]))
-
-
-class _Rounded(torch.autograd.Function):
-    """x, and backward its gradient, each element off by a random part of a rounding unit."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, unit: float, generator: torch.Generator) -> Tensor:
-        ctx.unit, ctx.generator = unit, generator
-        return x * (1 + unit * _uniform(x, generator))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0] * (1 + ctx.unit * _uniform(grads[0], ctx.generator)), None, None
-
-
-def _uniform(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Between −1 and 1, in the shape of x."""
-    return torch.rand(x.shape, generator=generator, dtype=x.dtype).mul_(2).sub_(1)
-
-
-def rounding_error(inputs: Inputs, name: str, want: np.ndarray) -> float:
-    """The largest error of the formula over many elements if each step is rounded to the dtype of the inputs."""
-    draws = max(1, min(DRAWS, DRAWN // want.size))
-    unit = torch.finfo(inputs["q"].dtype).eps / 2
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (inputs[x].detach().double().cpu().repeat(draws, 1, 1, 1).requires_grad_(name != "out") for x in "qkv")
-    with torch.enable_grad():
-        got = _formula(q, k, v, inputs["causal"], inputs["scale"], lambda x: _Rounded.apply(x, unit, generator))
-    if name != "out":
-        grad_out = inputs["grad_out"].double().cpu().repeat(draws, 1, 1, 1)
-        (got,) = torch.autograd.grad(got, {"q": q, "k": k, "v": v}[name.removesuffix(".grad")], grad_out)
-    return float((got.detach().unflatten(0, (draws, -1)) - torch.from_numpy(want)).abs().max())
-
-
-def tolerance(inputs: Inputs, name: str, want: np.ndarray) -> float:
-    """ROOM × the error of the rounded formula, and what sums of n terms add in the dtype that hardware sums in."""
-    if not want.size:
-        return 0.0
-    terms = sum(inputs["q"].shape[2:]) + inputs["k"].shape[2]
-    summed = torch.finfo(torch.promote_types(inputs["q"].dtype, torch.float32)).eps
-    largest = max(float(np.abs(want).max()), 1e-3)
-    return ROOM * rounding_error(inputs, name, want) + 4 * math.sqrt(terms) * summed * largest
 
 
 # --- wrong variants ---------------------------------------------------------------------------------------------------
@@ -532,7 +448,23 @@ WRONG = {
     "modifies_q": Wrong(_modifies_q, "work on a copy: the caller's q is not yours to scale in place"),
 }
 
-COMMON: dict[str, Any] = {"inputs": inputs, "call": call, "oracle": oracle, "tolerance": tolerance}
+COMMON: dict[str, Any] = {"inputs": inputs, "call": call, "oracle": formula.oracle, "tolerance": formula.tolerance}
+_FLASH = Contract(
+    name="attention.flash",
+    signature=f"{SIGNATURE}, block_q=None, block_k=None) -> (batch, heads, t, dv)",
+    reference=flash.attention,
+    cases=[*FORWARD, *TILED_FORWARD, *BACKWARD, *TILED_BACKWARD],
+    wrong={
+        **WRONG,
+        "narrow_sums": Wrong(
+            _wrong_blocks(narrow=True),
+            "keep the running denominator and accumulator in float32: in 16 bits a block is lost beside the sum",
+        ),
+        "materialises_scores": Wrong(_wrong(), MATERIALISES),
+        "autograd_tiles": Wrong(_wrong_blocks(), AUTOGRAD_KEEPS),
+    },
+    **COMMON,
+)
 CONTRACTS = {
     "naive": Contract(
         name="attention.naive",
@@ -542,20 +474,12 @@ CONTRACTS = {
         wrong=WRONG,
         **COMMON,
     ),
-    "flash": Contract(
-        name="attention.flash",
-        signature=f"{SIGNATURE}, block_q=None, block_k=None) -> (batch, heads, t, dv)",
-        reference=flash.attention,
-        cases=[*FORWARD, *TILED_FORWARD, *BACKWARD, *TILED_BACKWARD],
-        wrong={
-            **WRONG,
-            "narrow_sums": Wrong(
-                _wrong_blocks(narrow=True),
-                "keep the running denominator and accumulator in float32: in 16 bits a block is lost beside the sum",
-            ),
-            "materialises_scores": Wrong(_wrong(), MATERIALISES),
-            "autograd_tiles": Wrong(_wrong_blocks(), AUTOGRAD_KEEPS),
-        },
-        **COMMON,
-    ),
+    "flash": _FLASH,
+    "flash_numba": replace(_FLASH, name="attention.flash_numba", reference=flash_numba.attention),
+    "merge": _attention_merge.contract("attention.merge"),
+    "variants": _attention_variants.contract("attention.variants"),
+    "linear": _attention_linear.contract("attention.linear"),
+    "kv_cache": _attention_kv_cache.contract("attention.kv_cache"),
+    "paged": _attention_paged.contract("attention.paged"),
+    "paged_numba": _attention_paged.contract("attention.paged_numba", paged_numba.decode),
 }

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mlsys.attention import flash
+from mlsys.attention import flash, naive
 from mlsys.contracts import check, find
 from mlsys.contracts.core import as_array
 
@@ -236,3 +236,53 @@ def test_an_online_softmax_in_float32_is_told_what_is_wrong_in_float64_and_no_fa
     failure = check(find("attention.naive"), narrow).failure
     assert failure.case["dtype"] == "float64"
     assert failure.like is None
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ["attention.variants", "attention.merge"])
+def test_other_seeds_pass_and_every_mistake_is_named(name, seed):
+    contract = find(name)
+    assert check(contract, contract.reference, seed=1000 * seed).passed
+    for mistake, wrong in contract.wrong.items():
+        failure = check(contract, wrong.impl, seed=1000 * seed).failure
+        assert failure is not None, mistake
+        assert failure.like == mistake, (mistake, failure)
+
+
+def test_naive_with_all_options_passes_too():
+    assert check(find("attention.variants"), naive.attention, seed=5).passed
+
+
+def test_an_implementation_without_an_option_is_told_the_signature():
+    def attention(q, k, v, *, causal=False, scale=None, return_lse=False):
+        return naive.attention(q, k, v, causal=causal, scale=scale, return_lse=return_lse)
+
+    failure = check(find("attention.variants"), attention).failure
+    assert failure.case["window"] == (2, 3)
+    assert "cannot be called as attention(q, k, v, *, causal=False, window=(-1, -1), mask=None" in failure.message
+    assert "unexpected keyword argument 'window'" in failure.message
+    assert check(find("attention.naive"), lambda q, k, v, *, causal=False, scale=None: naive.attention(
+        q, k, v, causal=causal, scale=scale)).passed  # fmt: skip
+
+
+OTHER = {
+    "no lse": (lambda *x, return_lse=False, **o: naive.attention(*x, **o), "expected two tensors"),
+    "a pair unasked": (lambda *x, **o: naive.attention(*x, **{**o, "return_lse": True}), "expected a tensor"),
+    "out in another dtype": (
+        lambda *x, **o: tuple(y.double() for y in naive.attention(*x, **{**o, "return_lse": True})),
+        r"out is torch\.float64 for inputs of torch\.float32",
+    ),
+    "merge of three": (lambda a, b, c: a, "cannot be called as merge"),
+    "merge gives out only": (lambda a, la, b, lb: a, r"expected two tensors \(out, lse\)"),
+    "merge widens": (lambda a, la, b, lb: (a, la.double()), r"lse is torch\.float64, but that of the parts"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_results_of_another_kind_are_told_plainly(name):
+    impl, message = OTHER[name]
+    failure = check(find("attention.merge" if "merge" in name else "attention.variants"), impl).failure
+    assert re.search(message, failure.message), failure.message

@@ -1,0 +1,117 @@
+"""`mlsys.attention.flash_numba` passes the tests of `flash.attention`; its 2^x and its maximum are what they say."""
+
+import importlib.util
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numba import njit
+
+from mlsys.attention import flash, flash_numba, naive
+
+_spec = importlib.util.spec_from_file_location("tests_of_flash", Path(__file__).with_name("test_flash.py"))
+_shared = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_shared)
+_shared.flash = SimpleNamespace(**{**vars(flash), "attention": flash_numba.attention})
+_OF_FLASH_ALONE = ("packed", "lengths", "tiles", "window_visits", "traffic", "shapes_are_checked")
+globals().update(
+    {
+        name: value
+        for name, value in vars(_shared).items()
+        if name.startswith("test_") and not any(part in name for part in _OF_FLASH_ALONE)
+    }
+)
+
+FINITE = st.floats(-(2.0**127), 2.0**127, width=32)
+
+
+@njit
+def exp2_of(x):
+    out = np.empty_like(x)
+    for i in range(x.shape[0]):
+        out[i] = flash_numba._exp2(x[i])
+    return out
+
+
+@njit
+def largest_of(x, so_far):
+    return flash_numba._largest(x.view(np.int32), so_far)
+
+
+def test_exp2_is_exact_to_three_roundings_over_its_range():
+    x = np.linspace(-125.9, 0.0, 1_000_003, dtype=np.float32)
+    want = np.exp2(x.astype(np.float64))
+    assert np.abs(exp2_of(x) / want - 1).max() < 3 * 2**-24
+
+
+def test_exp2_of_whole_numbers_is_exact_and_of_the_lowest_zero():
+    x = np.arange(-126, 2, dtype=np.float32)
+    np.testing.assert_allclose(exp2_of(x), np.exp2(x), rtol=3e-9 + 2**-24)
+    far = np.array([-127, -128, -1e30, -np.inf], np.float32)
+    assert exp2_of(far).tolist() == [0.0] * 4
+    assert math.isnan(exp2_of(np.array([np.nan], np.float32))[0])
+
+
+@given(st.lists(FINITE, max_size=40), FINITE)
+def test_largest_is_the_maximum(xs, so_far):
+    x = np.array(xs, np.float32)
+    assert largest_of(x, np.float32(so_far)) == max([*x.tolist(), so_far])
+
+
+@pytest.mark.parametrize("values", [[-np.inf, -3.0], [np.inf, 1.0], [-0.0, -1e-45], [-1e-45, -1.0]])
+def test_largest_of_special_numbers(values):
+    x = np.array(values, np.float32)
+    assert largest_of(x, np.float32(-3e38)) == x.max()
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    t=st.integers(1, 70),
+    s=st.integers(1, 70),
+    left=st.integers(-1, 40),
+    right=st.integers(-1, 40),
+    block_q=st.integers(1, 40),
+    block_k=st.integers(1, 40),
+    group=st.integers(1, 3),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_what_a_band_hides_is_never_computed(t, s, left, right, block_q, block_k, group, seed):
+    """Scores of hidden keys would overflow any exponential, and gradients get no part of them."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(1, 2 * group, t, 8, generator=generator, requires_grad=True)
+    k, v = (torch.randn(1, 2, s, 8, generator=generator, requires_grad=True) for _ in "kv")
+    results = []
+    for function, blocks in (
+        (naive.attention, {}),
+        (flash_numba.attention, {"block_q": block_q, "block_k": block_k}),
+    ):
+        out, lse = function(q, k, v, window=(left, right), return_lse=True, **blocks)
+        grads = torch.autograd.grad(out.sin().sum() + lse[lse.isfinite()].sum(), (q, k, v))
+        results.append((out, lse, *grads))
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+
+
+def test_the_compiled_sweep_is_the_one_that_runs(monkeypatch):
+    """float32 on a CPU never calls torch's sweeps; float64, which has no compiled one, does."""
+
+    def refuse(*_):
+        raise AssertionError("torch's sweep was called")
+
+    monkeypatch.setattr(flash, "SWEEPS", flash.SWEEPS._replace(softmax=refuse, gradient=refuse))
+    q = torch.randn(1, 2, 9, 4, requires_grad=True)
+    flash_numba.attention(q, q, q, causal=True, softcap=3.0).sum().backward()
+    with pytest.raises(AssertionError, match="sweep was called"):
+        flash_numba.attention(*[q.detach().double()] * 3)
+
+
+def test_16_bits_with_options_take_the_compiled_sweep_too():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 33, 8, generator=generator).bfloat16() for _ in range(3))
+    got = flash_numba.attention(q, k, v, causal=True, softcap=2.0)
+    torch.testing.assert_close(got, flash.attention(q, k, v, causal=True, softcap=2.0), rtol=2e-2, atol=2e-2)
