@@ -2,6 +2,6 @@
 
 Tokens are `(batch, seq)` integers, hidden states `(batch, seq, d_model)`, logits `(batch, seq, vocab)`.
 
-`transformer`  GPT-2 or Llama style from one frozen config, with a KV cache, `generate`, `save` and `load`.
+`transformer`  GPT-2 or Llama style from one frozen config, with KV caches, `generate`, `save` and `load`.
 `training`     trains it on real text, and resumes after being killed at any moment.
 """

@@ -21,7 +21,7 @@ See also:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -33,7 +33,7 @@ from mlsys.perf.configs import Config
 # attention(q, k, v, *, causal) on (batch, heads, seq, head_dim); fewer key/value heads than query heads, and a causal
 # mask aligned bottom-right when there are more keys than queries: any `attention` of mlsys.attention.
 AttentionFn = Callable[..., Tensor]
-Rotation = tuple[Tensor, Tensor]  # cos and sin, (seq, head_dim / 2)
+Rotation = tuple[Tensor, Tensor]  # cos and sin, (seq, head_dim / 2) or (batch, 1, seq, head_dim / 2)
 
 
 def embedding(rows: int, width: int, **factory: Any) -> nn.Embedding:
@@ -48,17 +48,17 @@ def norm(config: Config, **factory: Any) -> nn.Module:
     return nn.LayerNorm(config.d_model, config.norm_eps, bias=config.bias, **factory)
 
 
-def rotation(positions: Int[Tensor, " t"], head_dim: int, theta: float) -> Rotation:
+def rotation(positions: Int[Tensor, "*b t"], head_dim: int, theta: float) -> Rotation:
     """Cosine and sine of position · θ^(−2i / head_dim), for i = 0 … head_dim/2 − 1, in float64.
 
     In float32 the angle of position 100,000 would already be off by some thousandths.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
-    angles = positions[:, None] * theta**-exponents  # (t, head_dim / 2)
+    angles = positions[..., None] * theta**-exponents  # (t, head_dim / 2), or (b, t, head_dim / 2)
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Float[Tensor, "b h t d"], cos: Float[Tensor, "t half"], sin: Float[Tensor, "t half"]) -> Tensor:
+def rotate(x: Float[Tensor, "b h t d"], cos: Float[Tensor, "*b1 t half"], sin: Float[Tensor, "*b1 t half"]) -> Tensor:
     """Turn each pair (xᵢ, xᵢ₊d/₂) by the angle of its position: q · k then depends on their distance only.
 
     The pairs lie half a head apart, as in GPT-NeoX and in checkpoints for the `transformers` library. RoFormer
@@ -69,12 +69,38 @@ def rotate(x: Float[Tensor, "b h t d"], cos: Float[Tensor, "t half"], sin: Float
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)
 
 
+@runtime_checkable
+class Cache(Protocol):
+    """What a model asks of a cache: `KVCache`, the `Batch` of a paged one, or yours.
+
+    In a forward pass each layer calls `attend` once, and then the model `advance`.
+    """
+
+    @property
+    def layers(self) -> int:
+        """Of the model that it is for."""
+
+    @property
+    def length(self) -> int:
+        """Tokens that the longest of its sequences holds."""
+
+    def positions(self, tokens: int) -> Tensor:
+        """Where so many tokens more will stand: (t,), or (batch, t) where lengths differ."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
+        """Take in k and v (b, kv_heads, t, d) of a layer; attention of q (b, heads, t, d) to these and all before."""
+
+    def advance(self, tokens: int) -> None:
+        """Count so many tokens as seen, after every layer has taken them in."""
+
+
 class KVCache:
     """The keys and values of the tokens seen so far: what decoding would otherwise compute again for each new token.
 
     Room for `capacity` tokens in each of `batch` sequences is taken at once: 2 · layers · kv_heads · head_dim
     numbers a token. A forward pass appends to every layer, then advances `length`; one that fails in between
-    leaves the cache as it was.
+    leaves the cache as it was. For sequences whose lengths differ or are not known there is the cache in blocks,
+    `mlsys.attention.kv_cache`.
     """
 
     def __init__(
@@ -96,6 +122,11 @@ class KVCache:
         self.length = 0
 
     @property
+    def layers(self) -> int:
+        """Of the model that it is for."""
+        return self.keys.shape[0]
+
+    @property
     def batch(self) -> int:
         """How many sequences it holds."""
         return self.keys.shape[1]
@@ -109,6 +140,21 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes of keys and values, used or not."""
         return self.keys.nbytes + self.values.nbytes
+
+    def positions(self, tokens: int) -> Int[Tensor, " t"]:
+        """Where so many tokens more will stand, the same in all sequences."""
+        return torch.arange(self.length, self.length + tokens, device=self.keys.device)
+
+    def attend(
+        self,
+        layer: int,
+        q: Float[Tensor, "b h t d"],
+        k: Float[Tensor, "b h_kv t d"],
+        v: Float[Tensor, "b h_kv t d"],
+        attention: AttentionFn,
+    ) -> Float[Tensor, "b h t d"]:
+        """`append`, and the attention of q to all keys and values of that layer."""
+        return attention(q, *self.append(layer, k, v), causal=True)
 
     def append(self, layer: int, k: Float[Tensor, "b h t d"], v: Float[Tensor, "b h t d"]) -> tuple[Tensor, Tensor]:
         """Write t new positions of one layer; returns views of all its keys and values, (b, h, length + t, d).
@@ -164,7 +210,7 @@ class Attention(nn.Module):
         self.attend = attention
 
     def forward(
-        self, x: Float[Tensor, "b t d_model"], rotation: Rotation | None, cache: KVCache | None, layer: int
+        self, x: Float[Tensor, "b t d_model"], rotation: Rotation | None, cache: Cache | None, layer: int
     ) -> Float[Tensor, "b t d_model"]:
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (b, heads, t, head_dim)
@@ -172,9 +218,10 @@ class Attention(nn.Module):
         )
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        if cache is not None:
-            k, v = cache.append(layer, k, v)
-        heads = self.attend(q, k, v, causal=True)
+        if cache is None:
+            heads = self.attend(q, k, v, causal=True)
+        else:
+            heads = cache.attend(layer, q, k, v, self.attend)
         return self.o(heads.transpose(1, 2).flatten(2))
 
 
@@ -209,7 +256,7 @@ class Block(nn.Module):
         self.mlp = MLP(config, **factory)
 
     def forward(
-        self, x: Float[Tensor, "b t d_model"], rotation: Rotation | None, cache: KVCache | None, layer: int
+        self, x: Float[Tensor, "b t d_model"], rotation: Rotation | None, cache: Cache | None, layer: int
     ) -> Float[Tensor, "b t d_model"]:
         x = x + self.attention(self.attention_norm(x), rotation, cache, layer)
         return x + self.mlp(self.mlp_norm(x))

@@ -22,6 +22,10 @@ some 250 tokens and when a batch is decoded (on a CPU, `flash` walks over the
 heads one by one), and has every derivative. From some 500 tokens on pass
 `flash.attention`: naive then loses in time, and keeps all scores for the backward pass.
 
+With a cache, a forward pass is over new tokens only, and attention is done by the cache, which knows where keys and
+values are: `KVCache` in one piece, or `mlsys.attention.kv_cache` in blocks that sequences share. `generate` gives the
+same tokens with either and with none.
+
 The layers themselves (rotation, cache, attention, MLP) are in `_layers.py`: read that next.
 
 Cost:
@@ -50,13 +54,14 @@ Papers:
 
 See also:
     `mlsys.perf.configs` (configs, also of published models), `mlsys.perf.transformer` (what one costs),
-    `mlsys.attention` (what to pass as `attention`).
+    `mlsys.attention` (what to pass as `attention`), `mlsys.attention.kv_cache` and `paged` (blocks, and reading them).
 """
 
 from __future__ import annotations
 
 import math
 import os
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
@@ -66,12 +71,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mlsys.attention import naive
+from mlsys.attention.kv_cache import Batch, PagedKVCache, Sequence
 from mlsys.models import _checkpoint
 from mlsys.models._inputs import check_ids
-from mlsys.models._layers import AttentionFn, Block, KVCache, embedding, norm, rotation
+from mlsys.models._layers import AttentionFn, Block, Cache, KVCache, embedding, norm, rotation
 from mlsys.perf.configs import Config
 
-__all__ = ["AttentionFn", "Config", "KVCache", "Transformer", "generate", "init", "load", "save"]
+__all__ = ["AttentionFn", "Cache", "Config", "KVCache", "Transformer", "generate", "init", "load", "save"]
 
 INIT_STD = 0.02
 
@@ -116,13 +122,13 @@ class Transformer(nn.Module):
         self,
         tokens: Int[Tensor, "b t"],
         *,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         positions: Int[Tensor, " t"] | None = None,
     ) -> Float[Tensor, "b t vocab"]:
         """Logits of the token that follows each of these; position i sees 0 … i, and all that is in the cache.
 
         tokens:     ids below `config.vocab`, int64 or int32, at least one.
-        cache:      appended to; then `tokens` are those that follow what it holds. Needs `torch.no_grad()`.
+        cache:      takes in keys and values; `tokens` are those that follow what it holds. Needs `torch.no_grad()`.
         positions:  what is told to the model as their positions (what a token sees is decided by order alone);
                     by default they count on from the cache's length, or from 0.
         TypeError or ValueError if tokens or positions are of a wrong type, out of range, empty or too many.
@@ -133,7 +139,7 @@ class Transformer(nn.Module):
         self,
         tokens: Int[Tensor, "b t"],
         *,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         positions: Int[Tensor, " t"] | None = None,
     ) -> Float[Tensor, "b t d_model"]:
         """What `forward` multiplies with the output matrix: the last block's result, normalised."""
@@ -145,6 +151,8 @@ class Transformer(nn.Module):
         else:
             wide = torch.promote_types(x.dtype, torch.float32)
             cos, sin = rotation(positions, config.head_dim, config.rope_theta)
+            if positions.ndim == 2:
+                cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # (b, 1, t, half): the same for all heads
             cos_sin = cos.to(wide), sin.to(wide)  # the same for all layers
         for layer, block in enumerate(self.blocks):
             x = block(x, cos_sin, cache, layer)
@@ -174,7 +182,19 @@ class Transformer(nn.Module):
         weight = self.token_embedding.weight
         return KVCache(self.config, batch, capacity, device=weight.device, dtype=weight.dtype)
 
-    def _check(self, tokens: Tensor, cache: KVCache | None, positions: Tensor | None) -> Tensor:
+    def paged_cache(
+        self, blocks: int, block: int = 16, *, window: int | None = None, quantized: str | None = None
+    ) -> PagedKVCache:
+        """An empty cache of `blocks` blocks of `block` tokens, which any number of sequences share, of any lengths.
+
+        window, quantized: as in `mlsys.attention.kv_cache`; a window must be that of the model's attention. Pass it to
+        `generate`, or `cache.batch(seqs)` to `forward`.
+        """
+        weight, config = self.token_embedding.weight, self.config
+        shape = (config.layers, config.kv_heads, config.head_dim, blocks, block)
+        return PagedKVCache(*shape, window=window, quantized=quantized, dtype=weight.dtype, device=weight.device)
+
+    def _check(self, tokens: Tensor, cache: Cache | None, positions: Tensor | None) -> Tensor:
         """The positions to use, after refusing what no model could read."""
         check_ids("tokens", tokens, 2, self.config.vocab, "vocab", self.token_embedding.weight.device)
         t, start = tokens.shape[1], 0 if cache is None else cache.length
@@ -183,12 +203,12 @@ class Transformer(nn.Module):
         if start + t > self.config.context:
             cached = f" after {start} in the cache" if start else ""
             raise ValueError(f"tokens must fit in the context of {self.config.context}, got {t}{cached}")
-        if cache is not None and cache.keys.shape[0] != self.config.layers:
+        if cache is not None and cache.layers != self.config.layers:
             raise ValueError(
-                f"cache must have the model's {self.config.layers} layers, got {cache.keys.shape[0]}: use model.cache"
+                f"cache must have the model's {self.config.layers} layers, got {cache.layers}: use model.cache"
             )
         if positions is None:
-            return torch.arange(start, start + t, device=tokens.device)
+            return torch.arange(t, device=tokens.device) if cache is None else cache.positions(t)
         check_ids("positions", positions, 1, self.config.context, "context", tokens.device)
         if positions.shape[0] != t:
             raise ValueError(f"positions must have one entry for each of {t} tokens, got {positions.shape[0]}")
@@ -225,14 +245,25 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     generator: torch.Generator | None = None,
-    cache: bool = True,
+    cache: bool | PagedKVCache = True,
+    chunk: int | None = None,
 ) -> Int[Tensor, "b total"]:
     """The prompt followed by `n` sampled tokens; position by position, each one conditioned on all before it.
 
     temperature:  divides the logits: below 1 sharper, 0 always the likeliest token.
     top_k:        sample among the k likeliest tokens only.
-    cache:        keep keys and values; without it each token runs the whole sequence again, to the same end.
-    ValueError if prompt and `n` exceed the context, or an option is out of range.
+    cache:        True: keep keys and values in one piece; False: keep none, and run the whole sequence again for each
+                  token. Or a cache of `model.paged_cache`, shared by calls: what it knows of the beginning of a prompt
+                  is not computed again, equal prompts hold the same blocks, and what this call computes is there for
+                  the next, for as long as the room is not needed.
+    chunk:        take the prompt in so many tokens at a time, so that no activation is as long as the prompt.
+
+    The tokens are the same whatever `cache` and `chunk` are, to rounding: only where two tokens are equally likely
+    to the last digit, or a cache is quantized, another one may win. To interrupt a sequence is to call again with the
+    tokens so far and the same generator. A paged cache holds no sequence of this call afterwards, whatever happens.
+
+    ValueError if prompt and `n` exceed the context, or an option is out of range; `OutOfBlocks` (of
+    `mlsys.attention.kv_cache`) if a paged cache is too small, before the first token is sampled unless it has a window.
     """
     check_ids("prompt", prompt, 2, model.config.vocab, "vocab", model.token_embedding.weight.device)
     if isinstance(n, bool) or not isinstance(n, int) or n < 0:
@@ -241,18 +272,63 @@ def generate(
         raise ValueError(f"temperature must be a finite number of at least 0, got {temperature}")
     if top_k is not None and (not isinstance(top_k, int) or not 1 <= top_k <= model.config.vocab):
         raise ValueError(f"top_k must be None or an int between 1 and vocab = {model.config.vocab}, got {top_k!r}")
+    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+        raise ValueError(f"chunk must be None or an int of at least 1, got {chunk!r}")
+    if not isinstance(cache, bool | PagedKVCache):
+        raise TypeError(f"cache must be True, False or a cache of model.paged_cache, got {type(cache).__name__}")
+    if chunk is not None and cache is False:
+        raise ValueError(f"chunk must be None without a cache, got {chunk}: the next chunk would not see this one")
     if prompt.shape[1] + n > model.config.context:
         raise ValueError(
             f"prompt and n must fit in the context of {model.config.context} tokens, got {prompt.shape[1]} + {n}: "
             "shorten the prompt or ask for fewer"
         )
-    tokens = prompt
-    kv = model.cache(prompt.shape[0], prompt.shape[1] + n) if cache and n else None
-    for _ in range(n):
-        unseen = tokens if kv is None else tokens[:, kv.length :]
-        logits = model.logits(model.hidden(unseen, cache=kv)[:, -1])  # (b, vocab)
-        tokens = torch.cat((tokens, _sample(logits, temperature, top_k, generator).to(tokens.dtype)), dim=1)
-    return tokens
+    if n == 0:
+        return prompt
+    with ExitStack() as held:
+        kv: KVCache | Batch | None
+        if isinstance(cache, PagedKVCache):
+            kv, logits = _take_in(model, prompt, n, cache, chunk, held)
+        else:
+            kv = model.cache(prompt.shape[0], prompt.shape[1] + n) if cache else None
+            logits = _next(model, prompt, kv, chunk)
+        tokens = prompt
+        while True:
+            tokens = torch.cat((tokens, _sample(logits, temperature, top_k, generator).to(tokens.dtype)), dim=1)
+            if tokens.shape[1] == prompt.shape[1] + n:
+                return tokens
+            logits = _next(model, tokens if kv is None else tokens[:, kv.length :], kv)
+
+
+def _take_in(
+    model: Transformer, prompt: Tensor, n: int, cache: PagedKVCache, chunk: int | None, held: ExitStack
+) -> tuple[Batch, Tensor]:
+    """Each row of the prompt as a sequence of the paged cache, to be freed with `held`, and the logits after each.
+
+    Row by row, for each may know another part of its prompt, also from the row before. Equal rows are forks: computed
+    once, in the same blocks, until they differ.
+    """
+    rows, seqs, logits = prompt.tolist(), list[Sequence](), list[Tensor]()
+    for i, row in enumerate(rows):
+        twin = rows.index(row)
+        seqs.append(cache.pool.start(row) if twin == i else cache.pool.fork(seqs[twin]))
+        held.callback(cache.pool.free, seqs[i])
+        unseen = prompt[i : i + 1, seqs[i].length :]
+        logits.append(_next(model, unseen, cache.batch(seqs[i:]), chunk) if twin == i else logits[twin])
+    if cache.pool.window is None:  # a window gives blocks back on the way, so that fewer may do
+        cache.reserve(seqs, n - 1)
+    return cache.batch(seqs), torch.cat(logits)
+
+
+def _next(
+    model: Transformer, tokens: Tensor, cache: KVCache | Batch | None, chunk: int | None = None
+) -> Float[Tensor, "b vocab"]:
+    """The logits of what follows `tokens`, which follow what the cache holds; `chunk` tokens in one pass."""
+    for part in tokens.split(chunk or max(1, tokens.shape[1]), dim=1):
+        if isinstance(cache, Batch):
+            cache.tell(part)  # whose keys and values these are, so that others can use them
+        hidden = model.hidden(part, cache=cache)
+    return model.logits(hidden[:, -1])
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
