@@ -3,7 +3,7 @@
 What to look at: the softmax's time per position rises with n, that of chunks and steps does
 not: the lines cross. Steps do the least work and are slow all the same, one small product after
 another; the one masked matrix is fast only while it is small. And the decays: a mask that fades costs
-about as much again as the products, a fade of each channel several times as much.
+about half as much again as the products, a fade of each channel several times as much.
 
 The softmax rows compute another function, which is the point of the comparison: they are checked against
 the softmax, a few rows in float64, and timed on the same q, k and v. No installable package computes linear attention

@@ -180,7 +180,7 @@ class Machine(RuleBasedStateMachine):
 
 # The shape checks compile something at every call: tests below run with them
 TestMachine = pytest.mark.usefixtures("unchecked_types")(Machine.TestCase)
-TestMachine.settings = settings(max_examples=100, stateful_step_count=30)
+TestMachine.settings = settings(max_examples=60, stateful_step_count=30)
 
 
 def test_all_hashes_collide_and_nothing_changes(monkeypatch):
