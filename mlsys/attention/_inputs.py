@@ -6,7 +6,6 @@ cost more than it protects. NaN and infinity go through the arithmetic like numb
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from numbers import Real
 from typing import TypedDict
@@ -64,8 +63,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
         return q.shape[3] ** -0.5
     if isinstance(scale, bool) or not isinstance(scale, Real):
         raise TypeError(f"scale must be a number or None (for 1/√head_dim), got {type(scale).__name__}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}: leave it None for 1/√head_dim")
+    if not abs(scale) <= torch.finfo(wide(q)).max:
+        raise ValueError(f"scale must be finite, got {scale} for {wide(q)}: leave it None for 1/√head_dim")
     return float(scale)
 
 
@@ -132,8 +131,12 @@ def check_rules(
     if softcap is not None:
         if isinstance(softcap, bool) or not isinstance(softcap, Real):
             raise TypeError(f"softcap must be a number or None (for no cap), got {type(softcap).__name__}")
-        if not 0 < softcap < math.inf:
-            raise ValueError(f"softcap must be positive and finite, got {softcap}: leave it None for no cap")
+        least = torch.finfo(wide(q)).tiny  # below, its reciprocal would be infinite
+        if not least <= softcap <= 1 / least:
+            raise ValueError(
+                f"softcap must be positive and finite, got {softcap}, and so must its reciprocal be in {wide(q)}: "
+                "leave it None for no cap"
+            )
     if alibi is not None and isinstance(alibi, Tensor) and alibi.requires_grad:
         raise ValueError("alibi must not require a gradient, for it gets none here: pass alibi.detach()")
     return Rules(

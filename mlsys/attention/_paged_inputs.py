@@ -165,17 +165,32 @@ def check_how(
         raise TypeError(f"q must be a torch.Tensor, got {type(q).__name__}")
     if q.ndim != 3:
         raise ValueError(f"q must have 3 dimensions (sequences or rows, heads, head_dim), got shape {tuple(q.shape)}")
-    if torch.is_grad_enabled() and q.requires_grad:
-        raise RuntimeError("paged attention is for inference, and q is part of a gradient: use torch.no_grad()")
+    _refuse_gradients(q=q, sinks=sinks)
     alone = q[:, :, None]  # what there is to check of q alone is checked by those who check q, k and v
     scale = check_qkv(alone, alone, alone, True, scale)
     rules = check_rules(alone, alone, True, window, None, alibi, softcap, sinks)
     return How(scale, window[0], rules.softcap, rules.alibi, rules.sinks)
 
 
+def _refuse_gradients(**given: object) -> None:
+    for name, x in given.items():
+        if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
+            raise RuntimeError(
+                f"paged attention is for inference, and {name} is part of a gradient: use torch.no_grad()"
+            )
+
+
 def check_stored(q: Tensor, stored: Stored, tables: Tensor, lengths: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Tables (seqs, max_blocks) and lengths (seqs,) as int64 arrays, after refusing blocks that do not fit q."""
     keys, values, scales = stored
+    if scales is not None and not (
+        isinstance(scales, tuple | list) and len(scales) == 2 and all(isinstance(x, Tensor) for x in scales)
+    ):
+        raise TypeError(
+            f"scales must be None or two tensors, of the keys and of the values, got {type(scales).__name__}: "
+            "e.g. (cache.scales[0, layer], cache.scales[1, layer])"
+        )
+    _refuse_gradients(keys=keys, values=values)
     for name, x in (("keys", keys), ("values", values)):
         if not isinstance(x, Tensor) or x.ndim != 4:
             got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
@@ -187,6 +202,11 @@ def check_stored(q: Tensor, stored: Stored, tables: Tensor, lengths: Tensor) -> 
             raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}: {why}")
         if scales is not None and x.dtype not in QUANTIZED:
             raise TypeError(f"{name} must be int8 or float8_e4m3fn, since scales are given, got {x.dtype}")
+        if not x.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous, or every call would copy them, got strides {x.stride()}: "
+                f"keep them as (blocks, kv_heads, block, head_dim), or pass {name}.contiguous()"
+            )
     if values.shape[:3] != keys.shape[:3]:
         raise ValueError(
             f"values must have the blocks, heads and block size of keys, {tuple(keys.shape[:3])}, "
@@ -199,6 +219,7 @@ def check_stored(q: Tensor, stored: Stored, tables: Tensor, lengths: Tensor) -> 
             f"q must have a multiple of the heads of keys, got {q.shape[1]} heads in q and keys of {tuple(keys.shape)}"
         )
     for name, scale in zip(("key", "value"), scales or (), strict=False):
+        _refuse_gradients(scales=scale)
         if scale.shape != keys.shape[:3] or scale.dtype != torch.float32 or scale.device != q.device:
             raise ValueError(
                 f"scales must be two float32 tensors {tuple(keys.shape[:3])} on {q.device}, of keys and of values, "

@@ -135,7 +135,9 @@ def attention(
     bfloat16's forward pass, where the scores are not changed, the whole row of keys, which is still linear memory.
     NaN and infinity are not looked for. A query whose own row or one of whose visible keys or values
     holds a NaN gets NaN, as in `naive`. A NaN that is hidden stays out of the output in `k`; in
-    `v` it also reaches the queries whose tile covers it, since 0 · NaN is NaN, but no others.
+    `v` it also reaches the queries whose tile covers it, since 0 · NaN is NaN, but no others. With a mask, a query
+    whose visible scores are all −∞ counts as one that sees nothing. Scores are held in units of log 2, or of the
+    soft-cap: beyond 2e38 they are infinite in float32.
     Raises TypeError or ValueError naming the argument if shapes, dtypes, devices, options or
     block sizes are wrong; RuntimeError if asked for a second derivative.
     """

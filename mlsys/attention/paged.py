@@ -338,8 +338,11 @@ def attention_by(
 ) -> Any:
     """`attention`, for any implementation of `decode`."""
     seqs = list(seqs)
+    if not isinstance(q, Tensor):
+        raise TypeError(f"q must be a torch.Tensor, got {type(q).__name__}")
     if q.ndim != 4 or q.shape[0] != len(seqs):
         raise ValueError(f"q must be (seqs, heads, t, head_dim) with {len(seqs)} sequences, got {tuple(q.shape)}")
+    whole("splits", splits)
     if whole("layer", layer, at_least=0) >= cache.keys.shape[0]:
         raise ValueError(f"layer must be below {cache.keys.shape[0]}, the number of layers, got {layer}")
     b, _, t, _ = q.shape

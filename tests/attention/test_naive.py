@@ -203,6 +203,12 @@ BAD = {
     "mask shape": (lambda *x: x, {"mask": torch.ones(2, 7) > 0}, ValueError, r"= \(2, 4, 5, 7\), got shape \(2, 7\)"),
     "mask device": (lambda *x: x, {"mask": torch.ones(5, 7, device="meta") > 0}, ValueError, "mask must be on q's dev"),
     "cap of zero": (lambda *x: x, {"softcap": 0.0}, ValueError, "softcap must be positive and finite, got 0.0"),
+    "cap without reciprocal": (
+        lambda *x: x,
+        {"softcap": 1e-310},
+        ValueError,
+        "softcap must be positive and finite, got 1",
+    ),
     "cap of text": (lambda *x: x, {"softcap": "50"}, TypeError, "softcap must be a number or None"),
     "slopes of kv heads": (lambda *x: x, {"alibi": torch.ones(2)}, ValueError, r"alibi must have one.*\(4,\), got"),
     "slopes to learn": (lambda *x: x, {"alibi": torch.ones(4, requires_grad=True)}, ValueError, "alibi must not requ"),
@@ -245,3 +251,11 @@ def test_bad_input_names_argument_value_and_remedy(name):
     change, options, error, message = BAD[name]
     with pytest.raises(error, match=message):
         naive.attention(*change(*qkv(requires_grad=False)), **options)
+
+
+@pytest.mark.parametrize("options", [{"scale": 1e39}, {"softcap": 1e-40}, {"softcap": 1e39}])
+def test_numbers_that_the_scores_cannot_hold_are_refused(options):
+    q = torch.ones(1, 1, 2, 4)
+    with pytest.raises(ValueError, match=r"must be .*finite, got 1e.*torch\.float32"):
+        naive.attention(q, q, q, **options)
+    assert naive.attention(*[q.double()] * 3, **options).isfinite().all()

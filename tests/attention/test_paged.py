@@ -369,6 +369,9 @@ BAD = {
     "other dtype": ("keys", lambda x: x.float(), TypeError, r"keys must have q's dtype torch\.float64, got torch\.fl"),
     "codes, no scales": ("values", lambda x: x.char(), TypeError, "values must have .* pass their scales"),
     "keys of 3 dimensions": ("keys", lambda x: x[0], ValueError, r"keys must be a tensor \(blocks, kv_heads, block, h"),
+    "keys in another order": ("keys", lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), ValueError,
+                              r"keys must be contiguous.*keys\.contiguous\(\)"),
+    "some of the heads": ("values", lambda x: x.repeat(1, 2, 1, 1)[:, :2], ValueError, "values must be contiguous"),
     "values of others": ("values", lambda x: x[1:], ValueError, "values must have the blocks, heads and block size"),
     "device": ("keys", lambda x: x.to("meta"), ValueError, "keys must be on q's device cpu, got meta"),
     "tables of floats": ("tables", lambda x: x.float(), TypeError, r"tables must be an int32 or int64.*tables\.int"),
@@ -404,6 +407,8 @@ WRONG_OPTIONS = {
     "softcap": ({"softcap": -1.0}, ValueError, "softcap must be positive"),
     "sinks": ({"sinks": torch.zeros(3)}, ValueError, "sinks must have one number a query head"),
     "scale": ({"scale": math.inf}, ValueError, "scale must be finite"),
+    "one scale": ({"scales": (torch.ones(1),)}, TypeError, "scales must be None or two tensors"),
+    "a scale alone": ({"scales": torch.ones(2)}, TypeError, "scales must be None or two tensors.*got Tensor"),
     "scales of numbers": ({"scales": (torch.ones(1), torch.ones(1))}, TypeError, "keys must be int8 or float8_e4m3fn"),
 }
 
@@ -436,6 +441,16 @@ def test_no_gradient_is_promised(module):
         module.decode(s.q, *s.cache)
 
 
+@MODULES
+@pytest.mark.parametrize("name", ["keys", "values", "sinks"])
+def test_no_gradient_is_lost_in_silence(module, name):
+    s = scene(LENGTHS)
+    given_ = {"keys": s.keys.clone(), "values": s.values.clone(), "sinks": torch.zeros(4)}
+    given_[name].requires_grad_()
+    with pytest.raises(RuntimeError, match=f"{name} is part of a gradient"):
+        module.decode(s.q, tables=s.tables, lengths=s.lengths, **given_)
+
+
 PACKED = {
     "floats": (lambda x: x.float(), TypeError, r"cu_seqlens_q must be an int32 or int64 tensor, got torch\.float32"),
     "too few": (lambda x: x[1:], ValueError, r"cu_seqlens_q must have one number more than sequences, 7, got shape"),
@@ -465,6 +480,10 @@ def test_bad_use_of_a_cache(module):
         module.attention(q, cache, 0, seqs[:1])
     with pytest.raises(ValueError, match="layer must be below 2, the number of layers, got 2"):
         module.attention(q, cache, 2, seqs)
+    with pytest.raises(TypeError, match=r"q must be a torch\.Tensor, got list"):
+        module.attention([1], cache, 0, seqs)
+    with pytest.raises(ValueError, match="splits must be at least 1, got 0"):
+        module.attention(torch.zeros(2, 4, 0, 4, dtype=torch.float64), cache, 0, seqs, splits=0)
     with pytest.raises(ValueError, match="pending must lie between 0 and 1, got 2"):
         module.attention(q, cache, 0, seqs, 2)
     with pytest.raises(ValueError, match=r"left the cache's window is visible.*pass the window that the cache has"):
