@@ -37,13 +37,13 @@ def test_smoke_of_one(capsys):
 def test_json_lines(capsys):
     assert main(["bench", "flash", "--smoke", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [r["impl"] for r in rows] == ["naive", "flash", "torch sdpa"]
+    assert [r["impl"] for r in rows] == ["naive", "flash", "flash numba", "torch sdpa"]
 
 
 def test_peer_and_dtype_select(capsys):
     assert main(["bench", "attention.flash", "--smoke", "--peer", "none", "--dtype", "bfloat16", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert {r["impl"] for r in rows} == {"naive", "flash"}
+    assert {r["impl"] for r in rows} == {"naive", "flash", "flash numba"}
     assert {r["case"]["dtype"] for r in rows} == {"bfloat16"}
 
 
@@ -78,7 +78,7 @@ def test_what_was_measured_is_saved_when_a_later_case_fails(capsys, tmp_path, mo
     with pytest.raises(MemoryError):
         main(arguments)
     (saved,) = tmp_path.glob("*/attention.flash.jsonl")
-    assert len(saved.read_text().splitlines()) == 3
+    assert len(saved.read_text().splitlines()) == 4
     assert "n=512" in capsys.readouterr().out
 
 
