@@ -170,7 +170,7 @@ def picture(records: Sequence[Record]) -> str | None:
     right.set_yscale("log")
     right.set_xticks(contexts, [str(n) for n in contexts])
     right.set(
-        title=f"a decode step of one layer, {fastest}, bfloat16",
+        title=f"a layer, {fastest}, bfloat16",
         xlabel=f"cached tokens of each of {BATCH} sequences",
         ylabel="time per step (ms)",
     )
