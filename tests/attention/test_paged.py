@@ -1,4 +1,7 @@
-"""`mlsys.attention.paged` and `paged_numba`: whatever the tables say, attention to each sequence's own tokens."""
+"""`mlsys.attention.paged`: whatever the tables say, attention to each sequence's own tokens; `paged_numba` likewise.
+
+What is asked of both modules is asked here, with `MODULES`; what the compiled loops alone do is in `test_paged_numba`.
+"""
 
 import math
 from types import SimpleNamespace
@@ -165,22 +168,6 @@ def test_codes_of_8_bits_are_what_they_stand_for(module, code):
         got = module.decode(s.q, keys, values, s.tables, s.lengths, scales=(ks, vs), return_lse=True, **options)
         want = module.decode(s.q, *wide, s.tables, s.lengths, return_lse=True, **options)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-
-
-def test_every_code_of_8_bits_and_every_bfloat16_is_read_as_torch_reads_it():
-    """One token a block and one key that is looked at: the output is the value itself."""
-    bytes_ = torch.arange(256, dtype=torch.uint8)
-    for values in (bytes_.view(torch.float8_e4m3fn), bytes_.view(torch.int8)):
-        values = values[values.float().isfinite()].view(1, 1, 1, -1)
-        keys, ones = torch.zeros(1, 1, 1, 1, dtype=values.dtype), torch.ones(1, 1, 1)
-        cache = keys, values, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
-        out = paged_numba.decode(torch.ones(1, 1, 1), *cache, scales=(ones, ones))
-        assert torch.equal(out.flatten(), values.float().flatten())
-    for dtype in (torch.bfloat16, torch.float16):
-        values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-        values = values[values.isfinite()].view(1, 1, 1, -1)
-        cache = torch.zeros(1, 1, 1, 1, dtype=dtype), values, cache[2], cache[3]
-        assert torch.equal(paged_numba.decode(torch.ones(1, 1, 1, dtype=dtype), *cache).flatten(), values.flatten())
 
 
 @MODULES
@@ -488,13 +475,6 @@ def test_bad_use_of_a_cache(module):
         module.attention(q, cache, 0, seqs, 2)
     with pytest.raises(ValueError, match=r"left the cache's window is visible.*pass the window that the cache has"):
         module.attention(q, cache, 0, seqs, 1, window=(13, -1))
-
-
-@pytest.mark.usefixtures("unchecked_types")
-def test_compiled_code_is_for_the_cpu():
-    s = scene(LENGTHS)
-    with pytest.raises(ValueError, match=r"q must be on the CPU, got meta: use paged\.decode there"):
-        paged_numba.decode(s.q.to("meta"), *s.cache)
 
 
 @MODULES
