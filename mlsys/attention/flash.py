@@ -86,6 +86,14 @@ LOG2E = math.log2(math.e)
 BLOCK_Q, BLOCK_K = 256, 2048
 
 
+class TileOptions(Options, total=False):
+    """The options of every attention function, and those of tiles."""
+
+    block_q: int | None
+    block_k: int | None
+    sweeps: Sweeps | None
+
+
 @overload
 def attention(
     q: Tensor,
@@ -93,9 +101,7 @@ def attention(
     v: Tensor,
     *,
     return_lse: Literal[False] = False,
-    block_q: int | None = None,
-    block_k: int | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[TileOptions],
 ) -> Tensor: ...
 
 
@@ -106,9 +112,7 @@ def attention(
     v: Tensor,
     *,
     return_lse: Literal[True],
-    block_q: int | None = None,
-    block_k: int | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[TileOptions],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -119,7 +123,7 @@ def attention(
     *,
     causal: bool = False,
     window: tuple[int, int] = (-1, -1),
-    mask: Bool[Tensor, ...] | None = None,
+    mask: Bool[Tensor, "*mask"] | None = None,
     alibi: Float[Tensor, " h"] | None = None,
     softcap: float | None = None,
     sinks: Float[Tensor, " h"] | None = None,
@@ -127,6 +131,7 @@ def attention(
     return_lse: bool = False,
     block_q: int | None = None,
     block_k: int | None = None,
+    sweeps: Sweeps | None = None,
 ) -> Float[Tensor, "b h t dv"] | tuple[Float[Tensor, "b h t dv"], Float[Tensor, "b h t"]]:
     """Scaled dot-product attention in tiles of `block_q` queries (of each head in a group) by `block_k` keys.
 
@@ -138,50 +143,15 @@ def attention(
     `v` it also reaches the queries whose tile covers it, since 0 · NaN is NaN, but no others. With a mask, a query
     whose visible scores are all −∞ counts as one that sees nothing. Scores are held in units of log 2, or of the
     soft-cap: beyond 2e38 they are infinite in float32.
+    `sweeps` is what happens to a tile between its matmuls: torch's operations unless given.
     Raises TypeError or ValueError naming the argument if shapes, dtypes, devices, options or
     block sizes are wrong; RuntimeError if asked for a second derivative.
     """
-    return attention_by(
-        SWEEPS,
-        q,
-        k,
-        v,
-        causal=causal,
-        window=window,
-        mask=mask,
-        alibi=alibi,
-        softcap=softcap,
-        sinks=sinks,
-        scale=scale,
-        return_lse=return_lse,
-        block_q=block_q,
-        block_k=block_k,
-    )
-
-
-def attention_by(
-    sweeps: Sweeps,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
-    mask: Tensor | None = None,
-    alibi: Tensor | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    scale: float | None = None,
-    return_lse: bool = False,
-    block_q: int | None = None,
-    block_k: int | None = None,
-) -> Any:
-    """`attention` with other sweeps over its tiles."""
     scale = check_qkv(q, k, v, causal, scale)
     rules = check_rules(q, k, causal, window, mask, alibi, softcap, sinks)
     check_block("block_q", block_q)
     check_block("block_k", block_k)
-    how = _How(rules, scale, return_lse, block_q, block_k, sweeps)
+    how = _How(rules, scale, return_lse, block_q, block_k, sweeps or SWEEPS)
     if q.dtype == torch.float16 and q.device.type == "cpu":
         out, lse = _attend(q.float(), k.float(), v.float(), how)
         out = out.half()

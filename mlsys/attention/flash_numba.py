@@ -46,7 +46,6 @@ from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
 from numba import njit
 from torch import Tensor
 
@@ -69,65 +68,26 @@ _BIAS, _MANTISSA_BITS, _SIGN_BIT, _ALL_BUT_SIGN = np.int32(127), np.int32(23), n
 _FAST = {"reassoc", "contract", "nsz"}
 
 
+class _Options(Options, total=False):
+    block_q: int | None
+    block_k: int | None
+
+
 @overload
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    return_lse: Literal[False] = False,
-    block_q: int | None = None,
-    block_k: int | None = None,
-    **options: Unpack[Options],
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: Unpack[_Options]
 ) -> Tensor: ...
 
 
 @overload
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    return_lse: Literal[True],
-    block_q: int | None = None,
-    block_k: int | None = None,
-    **options: Unpack[Options],
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[_Options]
 ) -> tuple[Tensor, Tensor]: ...
 
 
-def attention(
-    q: Float[Tensor, "b h t d"],
-    k: Float[Tensor, "b h_kv s d"],
-    v: Float[Tensor, "b h_kv s dv"],
-    *,
-    causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
-    mask: Bool[Tensor, ...] | None = None,
-    alibi: Float[Tensor, " h"] | None = None,
-    softcap: float | None = None,
-    sinks: Float[Tensor, " h"] | None = None,
-    scale: float | None = None,
-    return_lse: bool = False,
-    block_q: int | None = None,
-    block_k: int | None = None,
-) -> Float[Tensor, "b h t dv"] | tuple[Float[Tensor, "b h t dv"], Float[Tensor, "b h t"]]:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **options: Any) -> Any:
     """`flash.attention`, with its arguments, results and errors; tiles that are not asked for are those of `BLOCKS`."""
-    return flash.attention_by(
-        _SWEEPS,
-        q,
-        k,
-        v,
-        causal=causal,
-        window=window,
-        mask=mask,
-        alibi=alibi,
-        softcap=softcap,
-        sinks=sinks,
-        scale=scale,
-        return_lse=return_lse,
-        block_q=block_q,
-        block_k=block_k,
-    )
+    return flash.attention(q, k, v, return_lse=return_lse, sweeps=_SWEEPS, **options)  # type: ignore[call-overload]
 
 
 def _softmax_sweep(scores: Tensor, state: Tensor, tile: Tile, plan: Plan) -> None:
