@@ -84,6 +84,8 @@ from mlsys.attention._visible import Band
 LOG2E = math.log2(math.e)
 # The best of a grid at head_dim 64 on a CPU core with 1 MB of L2, forward and backward, full and causal.
 BLOCK_Q, BLOCK_K = 256, 2048
+# Scores in a block of whole rows: beyond some 4,000 keys it has fewer rows, but not so few that the matmuls suffer.
+ROWS_AT_ONCE, LEAST_ROWS = 1 << 20, 64
 
 
 class TileOptions(Options, total=False):
@@ -137,7 +139,7 @@ def attention(
 
     Options and result are those of `naive.attention`, to rounding, for any lengths and block sizes.
     Left None, `block_q` is 256 divided among the heads of a group and `block_k` is 2048, or in
-    bfloat16's forward pass, where the scores are not changed, the whole row of keys, which is still linear memory.
+    bfloat16's forward pass, where the scores are not changed, the whole row of keys, of fewer queries the longer it is.
     NaN and infinity are not looked for. A query whose own row or one of whose visible keys or values
     holds a NaN gets NaN, as in `naive`. A NaN that is hidden stays out of the output in `k`; in
     `v` it also reaches the queries whose tile covers it, since 0 · NaN is NaN, but no others. With a mask, a query
@@ -431,7 +433,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, lse: Tensor 
         return _one_query(q, k, v, lse, how)
     row_at_once = q.element_size() == 2 and how.rules.by_band_alone
     blocks = how.sweeps.blocks.band if how.rules.band.bounded else how.sweeps.blocks.full
-    plan = _plan(q, k, v, how, (BLOCK_Q, s) if row_at_once else blocks, passes=1)
+    if row_at_once:
+        blocks = max(LEAST_ROWS, min(BLOCK_Q, ROWS_AT_ONCE // max(s, 1))), s
+    plan = _plan(q, k, v, how, blocks, passes=1)
     blind = plan.band.blind
 
     out = v.new_empty(*q.shape[:-1], v.shape[-1])

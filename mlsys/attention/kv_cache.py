@@ -368,6 +368,10 @@ class Batch:
             self.cache.pool.truncate(seq, length)
 
 
+# What an attention function is told about how to compute, and what a cache knows by itself.
+NOT_OF_THE_FORMULA = ("causal", "mask", "block_q", "block_k", "sweeps")
+
+
 def _options_of(attention: Callable[..., Tensor]) -> dict[str, Any] | None:
     """With which options a function is the library's attention: {} for itself, None for another function.
 
@@ -381,4 +385,4 @@ def _options_of(attention: Callable[..., Tensor]) -> dict[str, Any] | None:
         return None
     if options.get("mask") is not None:  # it has the shape of one pass
         return None
-    return {name: value for name, value in options.items() if name not in ("causal", "mask", "block_q", "block_k")}
+    return {name: value for name, value in options.items() if name not in NOT_OF_THE_FORMULA}
