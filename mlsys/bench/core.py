@@ -101,6 +101,9 @@ class Benchmark:
     ranks:    case → on how many processes it runs together (None: in this one); see `mlsys.bench.ranks`.
     contract: the contract that a `--impl` must pass before it is timed.
     memory:   whether to measure the peak memory of a call.
+    counted:  (implementation, device) → whether its time would say nothing, as that of a GPU's kernel on a processor
+              does not: it is checked and has its figures, but no time.
+    fits:     (case, device) → whether a case is for this device; some sizes are for a GPU only.
     plots:    what the pictures show; `pictures` are further ones: name → (records → SVG, or None with nothing to draw).
     budget_s: seconds for the rounds of a case, where a call takes so long that the usual ones hold too few; not with
               --quick.
@@ -124,6 +127,8 @@ class Benchmark:
     budget_s: float = 0.0
     stateful: bool = False
     memory: bool = False
+    counted: Callable[[str, str], bool] = lambda impl, device: False
+    fits: Callable[[Case, str], bool] = lambda case, device: True
     plots: Sequence[Plot] = field(default_factory=tuple)
     pictures: Mapping[str, Callable[[Sequence[Record]], str | None]] = field(default_factory=dict)
 
@@ -160,9 +165,9 @@ class Benchmark:
         kept = {n: i for n, i in self.impls.items() if i.role != "peer" or n in wanted}
         return dataclasses.replace(self, impls=kept)
 
-    def select(self, size: Size, dtypes: Sequence[str] | None = None) -> list[Case]:
-        """The cases of a size, of these dtypes only where dtypes are given."""
-        cases = list(self.cases[size])
+    def select(self, size: Size, dtypes: Sequence[str] | None = None, device: str = "cpu") -> list[Case]:
+        """The cases of a size for a device, of these dtypes only where dtypes are given."""
+        cases = [case for case in self.cases[size] if self.fits(case, device)]
         if dtypes:
             cases = [case for case in cases if case.get("dtype", dtypes[0]) in dtypes]
             if not cases:
@@ -289,6 +294,9 @@ def measure(
         try:
             error, figures, series = trial.start(name)
             records[name] = dataclasses.replace(records[name], error=error, figures=figures, series=series)
+            if bench.counted(name, settings.device) and not settings.smoke:
+                del trial.calls[name]
+                records[name] = dataclasses.replace(records[name], status="counted")
         except Refused as why:
             refuse(why)
     if settings.smoke:

@@ -17,8 +17,9 @@ class Record:
     """What one implementation did on one case.
 
     status:   "ok", "noisy" (its times spread widely), "missing" (a library is not installed), "smoke" (ran once, not
-              timed), "wrong" (a result was, or an input was changed, before or after the timing) or "failed" (raised,
-              exited, died or ran past its limit); the last two have no times. `note` says the rest.
+              timed), "counted" (checked and counted: its time would say nothing), "wrong" (a result was, or an input
+              was changed, before or after the timing) or "failed" (raised, exited, died or ran past its limit); the
+              last three have no times. `note` says the rest.
     seconds:  median of `runs` runs, with the quartiles; None if not timed.
     ratio_to_*: this implementation's time ÷ the other's, median over rounds: below 1 is faster.
     share:    the roofline's lower bound on this machine ÷ the time: 1.0 is the limit.

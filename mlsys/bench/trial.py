@@ -85,6 +85,8 @@ class Trial:
         """Times and peak memory of all in `calls`, and a second look at the results and doings of the user's."""
         from mlsys.bench.suspect import finished
 
+        if not self.calls:
+            return {}, {}
         suspects = [name for name in self.calls if self._suspect(name)]
         kept = dict.fromkeys(name for name in suspects if not _reset(self.calls[name]))
         if self.bench.stateful and suspects:  # the reference's result of the very same round is what theirs should be

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     for bench in benches:
         try:
             chosen = bench.with_peers(args.peer) if args.peer and len(benches) == 1 else bench
-            cases = chosen.select(size, args.dtype)
+            cases = chosen.select(size, args.dtype, args.device)
         except ValueError as error:
             raise UsageError(str(error)) from None
         plan.append((chosen, cases[:1] if args.smoke else cases))

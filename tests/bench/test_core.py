@@ -417,3 +417,20 @@ def test_roofline_bound_is_the_slower_of_the_two():
 def test_records_are_plain_values(toy):
     record = run(toy(), [{"n": 10}], smoke=True)[0]
     assert all(not callable(v) for v in dataclasses.asdict(record).values())
+
+
+def test_the_counted_are_checked_and_have_figures_but_no_time(toy):
+    counted = toy(counted=lambda impl, device: impl == "loop", figures=lambda case, xs, got: {"sum": got})
+    rows = by_name(run(counted, [{"n": 10}], budget_s=0.01))
+    assert rows["loop"].status == "counted"
+    assert rows["loop"].seconds is None
+    assert rows["loop"].figures == {"sum": 45}
+    assert rows["sum"].seconds is not None
+    wrong = {"sum": Impl(lambda: sum, "reference"), "mine": Impl(lambda: lambda xs: sum(xs) + 1, "yours")}
+    assert by_name(run(toy(impls=wrong, counted=lambda *_: True), [{"n": 10}]))["mine"].status == "wrong"
+
+
+def test_a_case_that_does_not_fit_a_device_is_left_out(toy):
+    bench = toy(fits=lambda case, device: device == "cuda" or case["n"] < 1000)
+    assert [case["n"] for case in bench.select("quick")] == [10, 100]
+    assert [case["n"] for case in bench.select("quick", device="cuda")] == [10, 100, 1000]
