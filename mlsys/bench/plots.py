@@ -21,6 +21,7 @@ from mlsys.perf.hardware import Hardware, peak_flops
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7F7F7F")  # Okabe & Ito 2008
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -28,6 +29,8 @@ LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, 
 FILLS = ("full", "none", "left", "right", "bottom", "top")
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--")
 STYLES = len(COLOURS)
+# Names of lines: how far from the line, and how wide at most, as shares of the frame; a reader's font may be wider
+NAME_GAP, MOST_NAME, WIDER_FONT = 0.025, 0.6, 1.1
 HEADINGS = ("roofs, and the fill of the points under each", "roofs", "implementations")  # of the roofline's key
 YLABELS = {
     "speedup": "times as fast as the fastest peer",
@@ -64,8 +67,12 @@ def draw(plot: Plot, records: Sequence[Record]) -> str | None:
         return None
     if plot.y == "roofline":
         return roofline(shown)
-    names = implementations(records)
-    return _bars(plot, shown, names) if plot.y == "throughput" else _lines(plot, shown, names)
+    return to_svg(figure(plot, shown, implementations(records)))
+
+
+def figure(plot: Plot, records: Sequence[Record], names: Sequence[str]) -> Figure:
+    """Records that have what the plot shows, as lines or bars; `names` are the implementations in their order."""
+    return _bars(plot, records, names) if plot.y == "throughput" else _lines(plot, records, names)
 
 
 def _value(plot: Plot, record: Record) -> float | None:
@@ -89,14 +96,15 @@ def _panels(plot: Plot, records: Sequence[Record]) -> dict[str, list[Record]]:
     return panels
 
 
-def _lines(plot: Plot, records: Sequence[Record], names: Sequence[str]) -> str:
+def _lines(plot: Plot, records: Sequence[Record], names: Sequence[str]) -> Figure:
     panels = _panels(plot, records)
     lines = {title: group for title, group in panels.items() if len({r.case[plot.x] for r in group}) > 1}
     panels = lines or panels  # a panel with one size says nothing about growth, where others do
     columns = min(2, len(panels))
     figure, axes = new_figure(columns, -(-len(panels) // columns))
+    named = []
     for ax, (title, group) in zip(axes, panels.items(), strict=False):
-        ends = []
+        ends: list[tuple[float, float, str, str]] = []
         for style, name in enumerate(names):
             points = sorted((r.case[plot.x], _value(plot, r)) for r in group if r.impl == name)
             if not points:
@@ -115,17 +123,19 @@ def _lines(plot: Plot, records: Sequence[Record], names: Sequence[str]) -> str:
         ax.set_xticks(ticks, [_size(t) if plot.x == "bytes" else str(t) for t in ticks])
         if len(ticks) > 6:
             ax.tick_params("x", labelsize=8, rotation=45)
-        room = max(2.1, (ticks[-1] / ticks[0]) ** 0.25)  # for the names at the ends of the lines
-        ax.set_xlim(ticks[0] / 1.15, ticks[-1] * room)
+        ax.set_xlim(ticks[0] / 1.15, ticks[-1] * 1.15)
         _label_decades(ax)
         ax.grid(True, which="major", alpha=0.3)
         ax.set(
             title=title, xlabel=plot.xlabel, ylabel=YLABELS[plot.y].format(per=(plot.per or "call").removesuffix("s"))
         )
-        name_lines(ax, ends)
+        named.append((ax, ends))
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
-    return to_svg(figure)
+    figure.draw_without_rendering()  # which gives the axes the width that names are fitted to
+    for ax, ends in named:
+        name_lines(ax, ends)
+    return figure
 
 
 def _size(n: int) -> str:
@@ -146,10 +156,12 @@ def _label_decades(ax: Axes) -> None:
 
 
 def name_lines(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Write each line's name at its end, moved apart where the ends are close, and within the frame."""
+    """Write each line's name at its end, moved apart where the ends are close, in a frame made wide enough for them.
+
+    ends: y, x, name and colour of each. Both axes are logarithmic.
+    """
     low, high = (math.log(v) for v in ax.get_ylim())
     gap = (high - low) * 0.07
-    left, right = ax.get_xlim()
     ends = sorted(ends)
     at: list[float] = []
     for y, *_ in ends:
@@ -158,19 +170,27 @@ def name_lines(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     for i in reversed(range(len(at))):
         at[i] = min(at[i], ceiling)
         ceiling = at[i] - gap
-    for (y, x, name, colour), height in zip(ends, at, strict=True):
-        ax.annotate(
-            name,
-            (x, y),
-            xytext=(x * (right / left) ** 0.025, math.exp(height)),
-            textcoords="data",
-            color=colour,
-            fontsize=8,
-            va="center",
-        )
+    texts = [
+        ax.text(x, math.exp(height), name, color=colour, fontsize=8, va="center")
+        for (_, x, name, colour), height in zip(ends, at, strict=True)
+    ]
+    distance = NAME_GAP * _make_room(ax, texts)
+    for text in texts:
+        text.set_x(text.get_position()[0] * math.exp(distance))
 
 
-def _bars(plot: Plot, records: Sequence[Record], names: Sequence[str]) -> str:
+def _make_room(ax: Axes, texts: Sequence[Text]) -> float:
+    """Move the right limit so that each text fits between where it begins and the frame; the logarithm of the range."""
+    left, right = (math.log(v) for v in ax.get_xlim())
+    frame = ax.get_window_extent().width
+    for text in texts:
+        share = min(MOST_NAME, NAME_GAP + WIDER_FONT * text.get_window_extent().width / frame)  # of the frame's width
+        right = max(right, left + (math.log(text.get_position()[0]) - left) / (1 - share))
+    ax.set_xlim(math.exp(left), math.exp(right))
+    return right - left
+
+
+def _bars(plot: Plot, records: Sequence[Record], names: Sequence[str]) -> Figure:
     panels = _panels(plot, records)
     columns = min(2, len(panels))
     figure, axes = new_figure(columns, -(-len(panels) // columns), height=2.1)
@@ -192,7 +212,7 @@ def _bars(plot: Plot, records: Sequence[Record], names: Sequence[str]) -> str:
         ax.locator_params(axis="x", nbins=5)
         ax.ticklabel_format(axis="x", style="sci", scilimits=(0, 5))
         ax.grid(True, axis="x", alpha=0.3)
-    return to_svg(figure)
+    return figure
 
 
 @dataclass(frozen=True)

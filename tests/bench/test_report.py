@@ -5,6 +5,7 @@ import re
 import xml.etree.ElementTree as ET
 
 import pytest
+from matplotlib.text import Text
 
 from mlsys.bench import find, plots, report
 from mlsys.bench.core import Plot
@@ -101,6 +102,39 @@ def test_threads_do_not_share_a_panel(y):
     plot = Plot(x="n", xlabel="n", panel=("dtype",), y=y)
     assert "float32" in texts(plots.draw(plot, RECORDS))
     assert {"float32, 1 thread", "float32, 2 threads"} <= set(texts(plots.draw(plot, both)))
+
+
+LONG = {"naive": "block by block", "flash": "two of them at once", "peer": "numba, not shared by any"}
+
+
+@pytest.mark.parametrize("y", ["time", "memory", "throughput"])
+@pytest.mark.parametrize("panel", [("dtype",), ("causal",)])
+@pytest.mark.parametrize("sizes", [(512, 1024), (16, 65536)])
+def test_every_text_lies_within_the_picture_and_names_within_their_frame(y, panel, sizes):
+    records = [
+        dataclasses.replace(r, impl=LONG[r.impl], case={**r.case, "n": n, "causal": causal})
+        for r in RECORDS[:3]
+        for n in sizes
+        for causal in (True, False)
+    ]
+    figure = plots.figure(Plot(x="n", xlabel="sequence length n", panel=panel, y=y), records, list(LONG.values()))
+    figure.draw_without_rendering()
+    found = 0
+    for ax in figure.axes:
+        for axis, (low, high) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
+            for tick in axis.get_major_ticks():  # one beyond the limits is not drawn
+                assert not low <= tick.get_loc() <= high or inside(tick.label1, figure.bbox)
+        for text in filter(Text.get_text, (ax.title, ax.xaxis.label, ax.yaxis.label, *ax.texts)):
+            assert inside(text, figure.bbox), text.get_text()
+        for text in ax.texts:
+            found += 1
+            assert inside(text, ax.get_window_extent()), text.get_text()
+    assert found == len(LONG) * len(figure.axes)
+
+
+def inside(text, box):
+    extent = text.get_window_extent()
+    return box.x0 <= extent.x0 and extent.x1 <= box.x1 and box.y0 <= extent.y0 and extent.y1 <= box.y1
 
 
 def test_lines_differ_without_colour():
