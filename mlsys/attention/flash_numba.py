@@ -50,8 +50,8 @@ from numba import njit
 from torch import Tensor
 
 from mlsys.attention import flash
-from mlsys.attention._inputs import Options
-from mlsys.attention.flash import Blocks, Plan, Sweeps, Tile, change, edges
+from mlsys.attention._flash_scores import Blocks, Plan, Sweeps, TileOptions, change, edges
+from mlsys.attention._flash_tiles import Tile
 
 # The best of a grid at head_dim 64. A tile, in the backward pass two, fills 1 MB of L2.
 BLOCKS = Blocks(full=(512, 512), band=(256, 1024), backward=(256, 512))
@@ -68,20 +68,15 @@ _BIAS, _MANTISSA_BITS, _SIGN_BIT, _ALL_BUT_SIGN = np.int32(127), np.int32(23), n
 _FAST = {"reassoc", "contract", "nsz"}
 
 
-class _Options(Options, total=False):
-    block_q: int | None
-    block_k: int | None
-
-
 @overload
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: Unpack[_Options]
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: Unpack[TileOptions]
 ) -> Tensor: ...
 
 
 @overload
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[_Options]
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[TileOptions]
 ) -> tuple[Tensor, Tensor]: ...
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from mlsys.claims._perf_transformer import palm
 from mlsys.claims.core import Claim
@@ -17,9 +18,19 @@ PADDED = replace(MULTIHEAD, heads=64, kv_heads=64)  # one head for each of 64 ch
 MEMORY = 0.30 * 64 * 32 * 2**30  # the share that the table gives to the cache, of 64 TPU v4 with 32 GiB
 
 
-def context(config: Config, batch: int) -> float:
-    """Thousands of tokens that each of so many sequences can hold."""
-    return inference.kv_slots(MEMORY, config) / batch / 1e3
+def context(variant: str, config: Config, batch: int, what: str, published: float, digits: int, **more: Any) -> Claim:
+    """The longest context, in thousands of tokens, of so many sequences: a number of the paper's table."""
+    return Claim(
+        name=f"palm-{variant.split()[-1]}-context-{batch}",
+        area="attention.kv_heads",
+        source=f"{POPE}, Table 1 ({variant})",
+        what=what,
+        unit="K tokens",
+        published=published,
+        digits=digits,
+        compute=lambda: inference.kv_slots(MEMORY, config) / batch / 1e3,
+        **more,
+    )
 
 
 KV_HEADS = [
@@ -33,47 +44,25 @@ KV_HEADS = [
         digits=0,
         compute=lambda: 512 * 2048 * inference.kv_cache_bytes_per_token(MULTIHEAD) / 1e12,
     ),
-    Claim(
-        name="palm-multiquery-context-128",
-        area="attention.kv_heads",
-        source=f"{POPE}, Table 1 (optimized multiquery)",
-        what="longest context of PaLM 540B on 64 TPU v4 with 30% of the memory for the cache, batch 128",
-        unit="K tokens",
-        published=43,
-        digits=0,
-        compute=lambda: context(PALM_540B, 128),
+    context(
+        "optimized multiquery",
+        PALM_540B,
+        128,
+        "longest context of PaLM 540B on 64 TPU v4 with 30% of the memory for the cache, batch 128",
+        43,
+        0,
     ),
-    Claim(
-        name="palm-multiquery-context-512",
-        area="attention.kv_heads",
-        source=f"{POPE}, Table 1 (optimized multiquery)",
-        what="the same at batch 512",
-        unit="K tokens",
-        published=10.7,
-        digits=1,
-        compute=lambda: context(PALM_540B, 512),
-    ),
-    Claim(
-        name="palm-multihead-context-128",
-        area="attention.kv_heads",
-        source=f"{POPE}, Table 1 (multihead)",
-        what="the same with multi-head attention, 48 heads padded to 64, batch 128",
-        unit="K tokens",
-        published=1.32,
-        digits=2,
-        compute=lambda: context(PADDED, 128),
+    context("optimized multiquery", PALM_540B, 512, "the same at batch 512", 10.7, 1),
+    context(
+        "multihead",
+        PADDED,
+        128,
+        "the same with multi-head attention, 48 heads padded to 64, batch 128",
+        1.32,
+        2,
         tolerance=0.015,
         expected="approximate",
         reason="the printed number is four times that of batch 512, which is rounded",
     ),
-    Claim(
-        name="palm-multihead-context-512",
-        area="attention.kv_heads",
-        source=f"{POPE}, Table 1 (multihead)",
-        what="the same with multi-head attention, batch 512",
-        unit="K tokens",
-        published=0.33,
-        digits=2,
-        compute=lambda: context(PADDED, 512),
-    ),
+    context("multihead", PADDED, 512, "the same with multi-head attention, batch 512", 0.33, 2),
 ]

@@ -19,6 +19,22 @@ OPTIONS = ("causal", "window", "mask", "alibi", "softcap", "sinks", "scale")
 LEAVES = ("q", "k", "v", "sinks")
 
 
+def sizes(
+    t: int,
+    s: int | None = None,
+    *,
+    b: int = 1,
+    h: int = 1,
+    h_kv: int | None = None,
+    d: int = 8,
+    dv: int | None = None,
+    dtype: str = "float32",
+) -> dict[str, Any]:
+    """What every case of attention begins with; what is left out takes the plainest value."""
+    heads = {"b": b, "h": h, "h_kv": h_kv or h}
+    return heads | {"t": t, "s": t if s is None else s, "d": d, "dv": dv or d, "dtype": dtype}
+
+
 def oracle(inputs: Inputs) -> Mapping[str, np.ndarray]:
     """The formula in float64, with gradients by autograd through it: what is given a gradient decides which."""
     backward = "grad_out" in inputs

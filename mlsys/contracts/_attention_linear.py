@@ -18,7 +18,6 @@ See also:
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,10 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mlsys.attention import linear
+from mlsys.contracts import _attention_formula as formula
+from mlsys.contracts._attention_memory import Held
 from mlsys.contracts.core import Case, Contract, Inputs, Mismatch, Results, Wrong
 
 SIGNATURE = "attention(q, k, v, *, decay=None, state=None, return_state=False, chunk=64)"
@@ -147,23 +146,18 @@ def call(impl: Callable[..., Any], inputs: Inputs) -> Results:
         options["chunk"] = inputs["chunk"]
     if "state" in inputs:
         options["return_state"] = True
-    try:
-        inspect.signature(impl).bind(None, None, None, **options)
-    except TypeError as error:
-        raise Mismatch(f"cannot be called as {SIGNATURE}: {error}") from None
-    except ValueError:
-        pass  # a builtin that does not tell its signature
+    formula.accepts(impl, options, SIGNATURE)
     backward = "grad_out" in inputs
     wanted: list[str] = [name for name in ("q", "k", "v", "decay", "state") if name in inputs and backward]
     given = {name: inputs[name].detach().requires_grad_(name in wanted) for name in ("q", "k", "v")}
     for name in ("decay", "state"):
         if name in options:
             options[name] = options[name].detach().requires_grad_(name in wanted)
-    seen = _Largest()
     if inputs["linear_memory"]:
-        with seen:
+        t = inputs["q"].shape[2]
+        with Held() as held:
             results = _results(impl, given, options, inputs, wanted)
-        _refuse_quadratic(seen, inputs["q"].shape[2])
+        held.refuse_scores(t, t, MATERIALISES)
         return results
     return _results(impl, given, options, inputs, wanted)
 
@@ -177,52 +171,18 @@ def _results(
     parts = list(got) if "state" in inputs else [got]
     for name, part in zip(("output", "state"), parts, strict=False):
         if not isinstance(part, Tensor):
-            raise Mismatch(f"the {name} is {type(part).__name__}, expected a tensor")
+            alone = isinstance(part, tuple | list) and "state" not in inputs
+            remedy = ": the state is returned with return_state only" if alone else ""
+            raise Mismatch(f"the {name} is {type(part).__name__}, expected a tensor{remedy}")
     if parts[0].dtype != given["q"].dtype:
         raise Mismatch(f"the output is {parts[0].dtype} for inputs of {given['q'].dtype}, expected their dtype")
-    results: Results = dict(zip(("out", "state"), (part.detach() for part in parts), strict=False))
+    named = dict(zip(("out", "state"), parts, strict=False))
+    results: Results = {name: part.detach() for name, part in named.items()}
     if wanted:
-        results |= _gradients(parts, {**given, **options}, inputs, wanted)
+        leaves = {name: x for name, x in {**given, **options}.items() if name in wanted}
+        weights = {name: inputs[f"grad_{name}"].to(part.dtype) for name, part in named.items()}
+        results |= formula.gradients(named, leaves, weights)
     return results
-
-
-def _gradients(parts: list[Tensor], given: dict[str, Any], inputs: Inputs, wanted: list[str]) -> Results:
-    of = [inputs[name] for name in ("grad_out", "grad_state") if name in inputs]
-    for name, part, grad in zip(("output", "state"), parts, of, strict=False):
-        if not part.requires_grad:
-            raise Mismatch(f"the {name} has no gradient: it was computed outside autograd (detach, no_grad or NumPy?)")
-        if part.shape != grad.shape:
-            raise Mismatch(f"the {name} has shape {tuple(part.shape)}, expected {tuple(grad.shape)}")
-    of = [grad.to(part.dtype) for part, grad in zip(parts, of, strict=True)]
-    grads = torch.autograd.grad(parts, [given[name] for name in wanted], of, allow_unused=True)
-    missing = [name for name, grad in zip(wanted, grads, strict=True) if grad is None]
-    if missing:
-        raise Mismatch(f"no gradient reaches {', '.join(missing)}")
-    return {f"{name}.grad": grad for name, grad in zip(wanted, grads, strict=True)}
-
-
-class _Largest(TorchDispatchMode):
-    """The most elements that the storage of any tensor made by an operation has, and that tensor's shape."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.most: tuple[int, tuple[int, ...]] = (0, ())
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor) and x.layout == torch.strided:
-                elements = x.untyped_storage().nbytes() // max(1, x.element_size())
-                self.most = max(self.most, (elements, tuple(x.shape)))
-        return result
-
-
-def _refuse_quadratic(seen: _Largest, t: int) -> None:
-    elements, shape = seen.most
-    if elements >= t * t:
-        raise Mismatch(
-            f"an operation made a tensor of shape {shape}, as many elements as t × t scores (t = {t}): {MATERIALISES}"
-        )
 
 
 def oracle(inputs: Inputs) -> Mapping[str, np.ndarray]:
@@ -318,6 +278,8 @@ def _chunks(
     padded: bool = False,
     detached: bool = False,
     factored: bool = False,
+    softmaxed: bool = False,
+    normalised: bool = False,
 ) -> Any:
     """Chunks one after another in plain torch and float64, with one knob for each mistake."""
     dtype, (b, _, t, d), dv = q.dtype, q.shape, v.shape[3]
@@ -354,6 +316,8 @@ def _chunks(
             if last_step_only:
                 spans = ai[:, :, :, None].expand_as(spans).masked_fill(torch.eye(c).bool()[..., None], 0.0)
             scores = torch.einsum("bhid,bhjd,bhijd->bhij", qi, ki, spans.exp().expand(*spans.shape[:4], d))
+        if softmaxed:
+            scores = scores.masked_fill(torch.ones(c, c, dtype=torch.bool).triu(1), -math.inf).softmax(-1)
         if causal:
             scores = scores.tril(diagonal)
         outs.append(scores @ vi + (qi * cum.exp() if decay_read else qi) @ s)
@@ -364,7 +328,10 @@ def _chunks(
         written = (ki * left_over.exp() if decay_written else ki).mT @ vi
         kept = s * cum[:, :, -1, :, None].exp() if decay_carried else s
         s = kept + written if carry else torch.zeros_like(s) if i + chunk < t else kept + written
-    out = torch.cat(outs, 2).to(dtype)
+    out = torch.cat(outs, 2)
+    if normalised:
+        out = out / (q * k.cumsum(2)).sum(-1, keepdim=True)
+    out = out.to(dtype)
     s = s[:, :: h // heads].to(torch.promote_types(dtype, torch.float32))
     return (out, s) if return_state else out
 
@@ -377,28 +344,31 @@ def _wrong(**knobs: Any) -> Callable[..., Any]:
 
 
 def _not_log(q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor | None = None, **options: Any) -> Any:
-    return _chunks(q, k, v, decay=None if decay is None else decay.abs().clamp(1e-6, 1e6).log(), **options)
+    """Step by step with `decay` as it comes."""
+    (b, heads, t, d), dv = k.shape, v.shape[3]
+    if decay is None or not q.shape[1] == heads == v.shape[1]:
+        return linear.attention(q, k, v, decay=decay, **options)
+    state = options.get("state")
+    s = q.new_zeros(b, heads, d, dv) if state is None else state
+    factors = decay[None, :, None, None] if decay.ndim == 1 else decay.reshape(b, heads, t, -1)
+    outs = _steps(q, k, v, s, factors.expand(b, heads, t, d).to(s.dtype))
+    return outs if options.get("return_state") else outs[0]
 
 
-def _narrow(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    decay: Tensor | None = None,
-    state: Tensor | None = None,
-    return_state: bool = False,
-    chunk: int = 64,
-) -> Any:
+def _narrow(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
     """Step by step with a state in the dtype of the inputs; right in 32 bits."""
-    if q.dtype not in (torch.bfloat16, torch.float16) or decay is not None:
-        return linear.attention(q, k, v, decay=decay, state=state, return_state=return_state, chunk=chunk)  # type: ignore[call-overload]
-    s = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])
+    if q.dtype not in (torch.bfloat16, torch.float16) or options.get("decay") is not None:
+        return linear.attention(q, k, v, **options)
+    return _steps(q, k, v, q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3]), torch.ones_like(k))[0]
+
+
+def _steps(q: Tensor, k: Tensor, v: Tensor, s: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """The recurrence, whose state keeps its dtype and is multiplied by `factors` (b, h, t, d)."""
     outs = []
     for i in range(q.shape[2]):
-        s = s + k[:, :, i, :, None] * v[:, :, i, None]
-        outs.append((q[:, :, i, None] @ s)[:, :, 0])
-    return torch.stack(outs, 2)
+        s = s * factors[:, :, i, :, None] + (k[:, :, i, :, None] * v[:, :, i, None]).to(s.dtype)
+        outs.append((q[:, :, i, None].to(s.dtype) @ s)[:, :, 0])
+    return torch.stack(outs, 2).to(q.dtype), s
 
 
 def _modifies_state(q: Tensor, k: Tensor, v: Tensor, *, state: Tensor | None = None, **options: Any) -> Any:
@@ -415,6 +385,13 @@ WRONG = {
         _wrong(diagonal=-1), "write before you read: oₜ = Sₜᵀ qₜ, so a position sees its own key and value"
     ),
     "scaled": Wrong(_wrong(scaled=True), "no 1/√d here: that is for the softmax; the caller scales q, if at all"),
+    "softmaxed": Wrong(
+        _wrong(softmaxed=True), "no softmax: the products q · k are the weights, whatever their signs and their sum"
+    ),
+    "normalised": Wrong(
+        _wrong(normalised=True),
+        "do not divide by q · Σ k: oₜ = Sₜᵀ qₜ as it is, which has no sum of weights to make 1",
+    ),
     "own_write_decayed": Wrong(
         _wrong(own_write=True),
         "Sₜ = aₜ Sₜ₋₁ + kₜ vₜᵀ: decay the old state, then add; what is written now does not fade yet",

@@ -27,12 +27,7 @@ def case(
     t: int,
     s: int | None = None,
     *,
-    b: int = 1,
     h: int = 2,
-    h_kv: int | None = None,
-    d: int = 8,
-    dv: int | None = None,
-    dtype: str = "float32",
     causal: bool = False,
     window: tuple[int, int] = (-1, -1),
     mask: str | None = None,
@@ -43,17 +38,10 @@ def case(
     lse: bool = False,
     large: bool = False,
     backward: bool = False,
+    **sizes: Any,
 ) -> Case:
     """One case; `mask` is its shape as letters of "bhts", an axis of length 1 left out: "ts", "bs"."""
-    return {
-        "b": b,
-        "h": h,
-        "h_kv": h_kv or h,
-        "t": t,
-        "s": t if s is None else s,
-        "d": d,
-        "dv": dv or d,
-        "dtype": dtype,
+    return formula.sizes(t, s, h=h, **sizes) | {
         "causal": causal,
         "window": window,
         "mask": mask,

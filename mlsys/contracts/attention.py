@@ -35,15 +35,12 @@ See also:
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mlsys.attention import flash, flash_numba, naive, paged_numba
 from mlsys.contracts import _attention_formula as formula
@@ -54,6 +51,7 @@ from mlsys.contracts import (
     _attention_paged,
     _attention_variants,
 )
+from mlsys.contracts._attention_memory import Held
 from mlsys.contracts.core import Case, Contract, Inputs, Mismatch, Results, Wrong
 
 SIGNATURE = "attention(q, k, v, *, causal=False, scale=None"
@@ -69,34 +67,16 @@ def case(
     t: int,
     s: int | None = None,
     *,
-    b: int = 1,
-    h: int = 1,
-    h_kv: int | None = None,
-    d: int = 8,
-    dv: int | None = None,
-    dtype: str = "float32",
     causal: bool = False,
     scale: float | None = None,
     scores: str = "normal",
     layout: str = "contiguous",
     backward: bool = False,
+    **sizes: Any,
 ) -> Case:
     """One case; what is left out takes the plainest value."""
-    return {
-        "b": b,
-        "h": h,
-        "h_kv": h_kv or h,
-        "t": t,
-        "s": t if s is None else s,
-        "d": d,
-        "dv": dv or d,
-        "dtype": dtype,
-        "causal": causal,
-        "scale": scale,
-        "scores": scores,
-        "layout": layout,
-        "backward": backward,
-    }
+    options = {"causal": causal, "scale": scale, "scores": scores, "layout": layout, "backward": backward}
+    return formula.sizes(t, s, **sizes) | options
 
 
 FORWARD = [
@@ -178,7 +158,7 @@ def call(impl: Callable[..., Any], inputs: Inputs) -> Results:
     tensors: dict[str, Tensor] = {name: inputs[name] for name in ("q", "k", "v", "grad_out") if name in inputs}
     if not inputs.get("linear_memory"):
         return _results(impl, options, tensors)
-    held, shorter = _Held(), _Held()
+    held, shorter = Held(), Held()
     with held:
         results = _results(impl, options, tensors, held)
     short = {name: x.detach()[:, :, : x.shape[2] // SHORTER].clone() for name, x in tensors.items()}
@@ -189,7 +169,7 @@ def call(impl: Callable[..., Any], inputs: Inputs) -> Results:
 
 
 def _results(
-    impl: Callable[..., Any], options: dict[str, Any], tensors: dict[str, Tensor], held: _Held | None = None
+    impl: Callable[..., Any], options: dict[str, Any], tensors: dict[str, Tensor], held: Held | None = None
 ) -> Results:
     backward = "grad_out" in tensors
     qkv = [tensors[name].requires_grad_(backward) for name in "qkv"]
@@ -208,58 +188,9 @@ def _results(
     return results
 
 
-class _Held(TorchDispatchMode):
-    """Bytes of the tensors that operations have made since the mode began and that are still alive.
-
-    Storages are counted, not tensors: a view holds nothing of its own, an expanded one looks larger than
-    it is. What is only read (inputs, a workspace made before) does not count. NumPy's memory is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0
-        self.peak = 0
-        self.kept = 0  # for the backward pass, the output included
-        self.largest: tuple[int, tuple[int, ...]] = (0, ())  # elements that fit its storage, shape
-        self._alive: dict[int, tuple[int, Any]] = {}  # id of a storage → its bytes, the reference that tells its end
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = [x.untyped_storage() for x in _strided((args, kwargs))]
-        outside = {id(storage) for storage in given if id(storage) not in self._alive}
-        for storage in given:
-            if id(storage) in self._alive:  # an `out=` may have been resized
-                self._count(storage)
-        for x in _strided(result):
-            storage = x.untyped_storage()
-            if id(storage) not in outside:
-                self._count(storage)
-                self.largest = max(self.largest, (storage.nbytes() // x.element_size(), tuple(x.shape)))
-        return result
-
-    def _count(self, storage: Any) -> None:
-        key, size = id(storage), storage.nbytes()
-        before, reference = self._alive.get(key, (0, None))
-        self._alive[key] = size, reference or weakref.ref(storage, lambda _: self._end(key))
-        self.now += size - before
-        self.peak = max(self.peak, self.now)
-
-    def _end(self, key: int) -> None:
-        self.now -= self._alive.pop(key)[0]
-
-
-def _strided(tree: Any) -> list[Tensor]:
-    return [x for x in tree_leaves(tree) if isinstance(x, Tensor) and x.layout == torch.strided]
-
-
-def _refuse_quadratic(held: _Held, shorter: _Held, t: int, s: int) -> None:
+def _refuse_quadratic(held: Held, shorter: Held, t: int, s: int) -> None:
     """Mismatch if memory grew with t × s: a tensor of that size, or more alive at once than linear growth explains."""
-    elements, shape = held.largest
-    if elements >= t * s:
-        raise Mismatch(
-            f"an operation made a tensor of shape {shape}, as many elements as the t × s scores "
-            f"(t = {t}, s = {s}): {MATERIALISES}"
-        )
+    held.refuse_scores(t, s, MATERIALISES)
     growth = held.peak / max(shorter.peak, 1)
     if growth > LINEAR:
         keeps = held.kept > LINEAR * shorter.kept
@@ -291,6 +222,8 @@ def _plain(
     hidden: float = -math.inf,
     ignore_scale: bool = False,
     mask_after: bool = False,
+    normalise: bool = True,
+    nan_rows: bool = False,
 ) -> Tensor:
     """Attention in plain torch, with one knob for each mistake."""
     h, t, d = q.shape[1:]
@@ -300,11 +233,13 @@ def _plain(
     unseen = torch.ones(t, s, dtype=torch.bool, device=q.device).triu((1 if top_left else s - t + 1) + shift)
     if causal and not mask_after:
         scores = scores.masked_fill(unseen, hidden)
-    if subtract_max:
+    if not normalise:
+        weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    elif subtract_max:
         weights = torch.softmax(scores, softmax_dim)
     else:
         weights = torch.exp(scores) / torch.exp(scores).sum(-1, keepdim=True)
-    if causal and (hidden == -math.inf or mask_after):
+    if causal and (hidden == -math.inf or mask_after) and not nan_rows:
         weights = weights.masked_fill(unseen, 0.0)
     return weights @ v
 
@@ -420,6 +355,13 @@ WRONG = {
     "masked_rows_average": Wrong(
         _wrong(hidden=-1e9),
         "a query that sees no key gets 0; a large negative score in place of −∞ averages all values",
+    ),
+    "nan_rows": Wrong(
+        _wrong(nan_rows=True),
+        "a query that sees no key is 0/0 = NaN, or −∞ − (−∞) in the exponent: its output is 0",
+    ),
+    "not_normalised": Wrong(
+        _wrong(normalise=False), "divide by the sum of the exponentials: each query's weights add up to 1"
     ),
     "no_max": Wrong(
         _wrong(subtract_max=False), "subtract each row's maximum before exp, which overflows above 88 in float32"

@@ -368,13 +368,13 @@ def test_tiles_cover_what_is_visible_and_none_is_in_vain(t, s, causal, window, m
 def test_tiles_are_those_that_are_computed(monkeypatch):
     """The counter walks as the forward pass does: as many products as tiles."""
     made = []
-    product = flash._product
+    product = flash.times
 
     def counted(a, b, buffer):
         made.append((len(a), b.shape[1]))
         return product(a, b, buffer)
 
-    monkeypatch.setattr(flash, "_product", counted)
+    monkeypatch.setattr(flash, "times", counted)
     q, k, v = qkv(h=1, t=40, s=50, requires_grad=False)
     mask = torch.ones(40, 50, dtype=torch.bool)
     mask[:20, :25] = False

@@ -472,12 +472,16 @@ HELPFUL = {
     "no options": (lambda q, k, v: linear.attention(q, k, v), "cannot be called as attention"),
     "no state": (lambda q, k, v, *, return_state=False, **o: linear.attention(q, k, v, **o), "with return_state=True"),
     "a list": (lambda q, k, v, **o: linear.attention(q, k, v, **o).tolist(), "the output is list"),
+    "the state unasked": (
+        lambda q, k, v, **o: linear.attention(q, k, v, **{**o, "return_state": True}),
+        "is tuple, expected a tensor: the state is returned with return_state only",
+    ),
     "another dtype": (lambda q, k, v, **o: linear.attention(q.double(), k.double(), v.double(), **o), "torch.float64"),
     "no gradient": (lambda q, k, v, **o: linear.attention(q.detach(), k.detach(), v.detach(), **o), "has no gradient"),
     "none of q": (lambda q, k, v, **o: linear.attention(q.detach(), k, v, **o), "no gradient reaches q"),
     "quadratic": (
         lambda q, k, v, **o: linear.attention(q, k, v, **o) if q.shape[2] < 1024 or q.dtype == torch.bfloat16
-        else linear.quadratic(q, k, v, **o), "as many elements as t × t scores"),
+        else linear.quadratic(q, k, v, **o), "as many elements as the t × s scores"),
 }  # fmt: skip
 
 

@@ -1,0 +1,171 @@
+"""A tile of scores in `flash`: what the tiles of a pass share, their products, and what options and band do to them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mlsys.attention._flash_tiles import Tile
+from mlsys.attention._inputs import Options, Rules, wide
+from mlsys.attention._visible import Band
+
+LOG2E = math.log2(math.e)
+
+
+class TileOptions(Options, total=False):
+    """The options of every attention function, and those of tiles."""
+
+    block_q: int | None
+    block_k: int | None
+
+
+class Blocks(NamedTuple):
+    """Tiles to take where none are asked for, (block_q, block_k).
+
+    full: of a forward pass in which every query sees every key. band: with one, whose edge makes waste of tall tiles.
+    """
+
+    full: tuple[int, int]
+    band: tuple[int, int]
+    backward: tuple[int, int]
+
+
+class Sweeps(NamedTuple):
+    """What is done to the scores of a tile between the matmuls: pure memory traffic, which a compiler can fuse.
+
+    softmax:  (scores, state, tile, plan). Turns scores into P; state is m, z and exp(m − m'), (3, group·rows, 1).
+    gradient: (scores, dp, lse, delta, tile, plan). Turns scores into P and dP into dS.
+    """
+
+    softmax: Callable[[Tensor, Tensor, Tile, Plan], None]
+    gradient: Callable[[Tensor, Tensor, Tensor, Tensor, Tile, Plan], None]
+    blocks: Blocks
+
+
+class How(NamedTuple):
+    """The checked options of a call."""
+
+    rules: Rules
+    scale: float
+    return_lse: bool
+    block_q: int | None
+    block_k: int | None
+    sweeps: Sweeps
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing was asked for that changes scores or sets the tiles."""
+        return self.rules.by_band_alone and self.block_q is None and self.block_k is None
+
+    @property
+    def unit(self) -> float:
+        """What the scores are in while they are products: units of log 2, or of the soft-cap, ready for tanh."""
+        return LOG2E if self.rules.softcap is None else 1 / self.rules.softcap
+
+
+class Plan(NamedTuple):
+    """What the tiles of one pass share."""
+
+    how: How
+    group: int  # query heads that read one key/value head, stacked in a tile
+    block_q: int
+    block_k: int
+    band: Band  # the rules' own, as the next: a tile is a matter of microseconds
+    by_band_alone: bool
+    # Space for two tiles of scores, and for a block of scaled queries and one of results: fresh memory for each would
+    # cost page faults, some 10% of the time
+    buffers: tuple[Tensor, ...]
+    scaled: Tensor
+    numerator: Tensor
+    future: Tensor  # (block_q, block_q) True where a key comes after the query, on the diagonal
+
+
+def make_plan(q: Tensor, k: Tensor, v: Tensor, how: How, blocks: tuple[int, int], passes: int) -> Plan:
+    """The plan of a pass that keeps so many tiles at once; `blocks` are the tiles where none were asked for."""
+    band = how.rules.band
+    group = q.shape[1] // k.shape[1]
+    block_q = max(1, min(q.shape[2], how.block_q or blocks[0] // group))
+    block_k = max(1, min(k.shape[2], how.block_k or blocks[1]))
+    future = torch.ones(block_q, block_q, dtype=torch.bool, device=q.device).triu(1)
+    columns = min(block_k, band.widest(block_q))
+    rows = group * block_q
+    buffers = q.new_empty(passes, rows * columns).unbind()
+    scaled, numerator = q.new_empty(rows * q.shape[3]), q.new_empty(rows * v.shape[3], dtype=wide(q))
+    return Plan(how, group, block_q, block_k, band, how.rules.by_band_alone, buffers, scaled, numerator, future)
+
+
+# --- products ---------------------------------------------------------------------------------------------------------
+
+
+def shaped(buffer: Tensor, rows: int, columns: int) -> Tensor:
+    """The start of a buffer as a matrix."""
+    return buffer[: rows * columns].view(rows, columns)
+
+
+def scaled(q: Tensor, by: float, plan: Plan) -> Tensor:
+    """Queries of a group times a number, with its heads one below the other: (group·rows, d)."""
+    scaled = shaped(plan.scaled, q.shape[0] * q.shape[1], q.shape[2])
+    torch.mul(q, by, out=scaled.view(q.shape))
+    return scaled
+
+
+def times(a: Tensor, b: Tensor, buffer: Tensor) -> Tensor:
+    """The product of a and b, in `buffer` or, if that is 16 bits, widened."""
+    return torch.mm(a, b, out=shaped(buffer, a.shape[0], b.shape[1])).to(wide(a))
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, *, to_nothing: bool = False) -> None:
+    """Add a · b to `total`, which may be wider, or hold nothing yet."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b, beta=0 if to_nothing else 1)
+    elif to_nothing:
+        total.copy_(torch.mm(a, b))
+    else:
+        total.add_(torch.mm(a, b))
+
+
+# --- what changes the scores ------------------------------------------------------------------------------------------
+
+
+def change(scores: Tensor, tile: Tile, plan: Plan, *, derivative: bool = False) -> Tensor | None:
+    """Soft-cap, ALiBi and mask, in place, to units of log 2; the soft-cap's derivative if asked for."""
+    rules = plan.how.rules
+    if plan.by_band_alone:
+        return None
+    slope = None
+    if rules.softcap is not None:
+        scores.tanh_()
+        slope = 1 - scores.square() if derivative else None
+        scores.mul_(rules.softcap * LOG2E)
+    by_head = scores.view(plan.group, -1, scores.shape[1])
+    if rules.alibi is not None:
+        position, key = (torch.arange(x.start, x.stop, device=scores.device) for x in (tile.rows, tile.columns))
+        distance = (position[:, None] + (plan.band.s - plan.band.t) - key).abs().to(scores.dtype)
+        by_head.addcmul_(rules.alibi[tile.heads, None, None], distance, value=-LOG2E)
+    if rules.mask is not None:
+        by_head.masked_fill_(~rules.mask[tile], -math.inf)
+    return slope
+
+
+def edges(tile: Tile, plan: Plan) -> tuple[int, int]:
+    """The first and the last column of a tile that its row 0 sees; each row sees one further. They may lie outside."""
+    t, s, left, right = plan.band
+    stands = tile.rows.start + s - t - tile.columns.start  # the column at which row 0 stands
+    return stands - left, stands + right
+
+
+def hide(scores: Tensor, tile: Tile, plan: Plan) -> None:
+    """Set to −∞, in place, what row r of each head may not see: columns before first + r and after last + r."""
+    rows, columns = scores.shape[0] // plan.group, scores.shape[1]
+    first, last = edges(tile, plan)
+    if last + 1 < columns:
+        start = max(0, last)  # the triangle lies with its corner on column `last`, which may be left of this tile
+        future = plan.future[:rows, start - last : columns - last]
+        scores.view(plan.group, rows, columns)[:, :, start:].masked_fill_(future, -math.inf)
+    if first + rows > 1:  # the other triangle, mirrored; its corner is in this tile or left of it
+        past = plan.future.mT[:rows, -first : columns - first]
+        scores.view(plan.group, rows, columns)[:, :, : past.shape[1]].masked_fill_(past, -math.inf)
