@@ -1,13 +1,8 @@
-"""What paged attention accepts, checked once at the public door, and what it makes of block tables: items.
-
-An item is a query (or several that see the same keys) and the blocks that it reads. A window cuts blocks off the
-front of a sequence's table, splitting makes several items of one, sharing takes a common beginning out of many: each
-is `Items.part`. What is not visible is never in an item's table, so the rest of the code may read all that is there.
-"""
+"""What paged attention accepts, checked once at the public door, and what it asks of who reads the blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import NamedTuple, TypedDict
 
 import numpy as np
@@ -16,6 +11,7 @@ from torch import Tensor
 
 from mlsys.attention._inputs import check_qkv, check_rules
 from mlsys.attention._kv_quant import FORMATS
+from mlsys.attention._paged_items import Items, Tables
 
 QUANTIZED = tuple(form.dtype for form in FORMATS.values())
 
@@ -36,6 +32,7 @@ class DecodeOptions(Options, total=False):
 
     splits: int
     share_prefixes: bool
+    reader: Reader | None
 
 
 class PrefillOptions(Options, total=False):
@@ -55,16 +52,22 @@ class LayerOptions(TypedDict, total=False):
     scale: float | None
     splits: int
     share_prefixes: bool
+    reader: Reader | None
 
 
 class How(NamedTuple):
-    """How scores become weights, checked; `left` is how many tokens before its own a query sees, −1 for all."""
+    """How scores become weights, checked."""
 
     scale: float
-    left: int
+    window: tuple[int, int]
     softcap: float | None
     alibi: Tensor | None  # (h,) float32 at least, as the next
     sinks: Tensor | None
+
+    @property
+    def left(self) -> int:
+        """How many tokens before its own a query sees, −1 for all."""
+        return self.window[0]
 
 
 class Stored(NamedTuple):
@@ -80,76 +83,19 @@ class Stored(NamedTuple):
         return self.keys.shape[2]
 
 
-class Items(NamedTuple):
-    """Which blocks are read, one row an item; all other numbers count tokens from the first one of the row."""
+class Queries(NamedTuple):
+    """Queries of items, `rows` of each item and key/value head; in what follows, n is the tokens of an item."""
 
-    table: np.ndarray  # (items, width) int64; an item that has fewer repeats its last
-    start: np.ndarray  # (items,) the first token that is seen
-    stop: np.ndarray  # (items,) one after the last; start or less if none is
-    position: np.ndarray  # (items,) where the query stands
-
-    def part(self, first: np.ndarray, count: np.ndarray, block: int) -> Items:
-        """The same items with only `count` blocks from `first` on."""
-        width = int(count.max(initial=0))
-        if not width:
-            none = np.zeros_like(self.stop)
-            return Items(self.table[:, :0], none, none, self.position)
-        if self.table.shape[1] == width and not first.any() and (count == width).all():
-            return self
-        columns = first[:, None] + np.minimum(np.arange(width), np.maximum(count - 1, 0)[:, None])
-        table = np.take_along_axis(self.table, np.minimum(columns, self.table.shape[1] - 1), 1)
-        offset, end = first * block, count * block
-        start, stop = (np.clip(x - offset, 0, end) for x in (self.start, self.stop))
-        return Items(table, start, stop, self.position - offset)
-
-    def split(self, parts: int, block: int) -> Items:
-        """`parts` items in place of each: first the beginnings of all, then what follows."""
-        if parts == 1:
-            return self
-        count = -(-self.stop // block)
-        each = -(-count // parts)
-        cut = [self.part(i * each, np.clip(count - i * each, 0, each), block) for i in range(parts)]
-        width = max(part.table.shape[1] for part in cut)
-        tables = [np.pad(part.table, ((0, 0), (0, width - part.table.shape[1]))) for part in cut]
-        rest = (np.concatenate(x) for x in list(zip(*cut, strict=True))[1:])
-        return Items(np.concatenate(tables), *rest)
-
-    def groups(self, block: int, limit: int) -> Iterator[slice | np.ndarray]:
-        """The numbers of items that are done together: up to `limit` tokens, of about the same length."""
-        width = self.table.shape[1]
-        if width and (self.stop > (width - 1) * block).all() and (self.stop > self.start).all():  # all of one length
-            each = max(1, limit // (width * block))
-            yield from (slice(i, i + each) for i in range(0, self.stop.size, each))
-            return
-        tokens = np.where(self.stop > self.start, -(-self.stop // block) * block, 0)
-        order = np.argsort(-tokens, kind="stable")
-        order = order[: np.count_nonzero(tokens)]
-        while order.size:
-            group = order[: max(1, limit // int(tokens[order[0]]))]
-            group = group[2 * tokens[group] > tokens[order[0]]]  # or half of what is done is for nothing
-            yield group
-            order = order[group.size :]
-
-    def only(self, which: slice | np.ndarray, block: int) -> Items:
-        """Some of the items, with a table as wide as they need."""
-        stop = self.stop[which]
-        table = self.table[which, : -(-int(stop.max()) // block)]
-        return Items(table, self.start[which], stop, self.position[which])
+    rows: Tensor  # (items, kv_heads, rows, d), scaled
+    position: np.ndarray  # (items, rows) or (items, 1): where they stand
+    slopes: Tensor | None  # (kv_heads, rows) of ALiBi
+    softcap: float | None
+    need_lse: bool
 
 
-def common_prefixes(items: Items, block: int) -> list[tuple[np.ndarray, int]]:
-    """Sets of items whose tables begin with the same full blocks, and how many those are: one prefix for each set."""
-    full = np.where(items.start == 0, items.stop // block, 0)
-    first = np.where(full > 0, items.table[:, 0], -1) if items.table.shape[1] else full - 1
-    found = []
-    for block_id in np.unique(first[first >= 0]):
-        members = np.flatnonzero(first == block_id)
-        if members.size < 2:
-            continue
-        columns = items.table[members, : int(full[members].min())]
-        alike = (columns == columns[0]).all(0)
-        found.append((members, int(alike.argmin()) if not alike.all() else alike.size))
-    return found
+Parts = tuple[Tensor, Tensor]  # out (items, kv_heads, rows, dv) and lse (items, kv_heads, rows), for `merge`
+# What reads the blocks of each item for its queries. lse may be anything unless it is needed; both in float32 at least
+Reader = Callable[[Queries, Stored, Items], Parts]
 
 
 def check_how(
@@ -169,7 +115,7 @@ def check_how(
     alone = q[:, :, None]  # what there is to check of q alone is checked by those who check q, k and v
     scale = check_qkv(alone, alone, alone, True, scale)
     rules = check_rules(alone, alone, True, window, None, alibi, softcap, sinks)
-    return How(scale, window[0], rules.softcap, rules.alibi, rules.sinks)
+    return How(scale, (window[0], window[1]), rules.softcap, rules.alibi, rules.sinks)
 
 
 def _refuse_gradients(**given: object) -> None:
@@ -180,8 +126,8 @@ def _refuse_gradients(**given: object) -> None:
             )
 
 
-def check_stored(q: Tensor, stored: Stored, tables: Tensor, lengths: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Tables (seqs, max_blocks) and lengths (seqs,) as int64 arrays, after refusing blocks that do not fit q."""
+def check_stored(q: Tensor, stored: Stored) -> None:
+    """Refuse blocks that do not fit the queries."""
     keys, values, scales = stored
     if scales is not None and not (
         isinstance(scales, tuple | list) and len(scales) == 2 and all(isinstance(x, Tensor) for x in scales)
@@ -225,6 +171,10 @@ def check_stored(q: Tensor, stored: Stored, tables: Tensor, lengths: Tensor) -> 
                 f"scales must be two float32 tensors {tuple(keys.shape[:3])} on {q.device}, of keys and of values, "
                 f"got {scale.dtype} {tuple(scale.shape)} on {scale.device} for the {name}s"
             )
+
+
+def check_tables(tables: Tensor, lengths: Tensor, stored: Stored) -> Tables:
+    """Tables (seqs, max_blocks) and lengths (seqs,), after refusing what these blocks cannot be read by."""
     for name, x, ndim, shape in (("tables", tables, 2, "(seqs, max_blocks)"), ("lengths", lengths, 1, "(seqs,)")):
         if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
@@ -235,43 +185,21 @@ def check_stored(q: Tensor, stored: Stored, tables: Tensor, lengths: Tensor) -> 
         raise ValueError(
             f"tables must have a row for each of {lengths.shape[0]} sequences, got shape {tuple(tables.shape)}"
         )
-    length = lengths.cpu().numpy().astype(np.int64)
-    if length.min(initial=0) < 0:
-        raise ValueError(f"lengths must be numbers of tokens, at least 0, got {int(length.min())}")
-    longest = int(length.max(initial=0))
+    counts = lengths.tolist()  # so few that Python is faster than NumPy
+    if min(counts, default=0) < 0:
+        raise ValueError(f"lengths must be numbers of tokens, at least 0, got {min(counts)}")
+    longest = max(counts, default=0)
     if longest > tables.shape[1] * stored.block:
         raise ValueError(
             f"tables must have a block of {stored.block} tokens for each token of the longest sequence, {longest}, "
             f"that is {-(-longest // stored.block)} columns, got {tables.shape[1]}: a block missing, or a length off?"
         )
-    return tables.cpu().numpy().astype(np.int64), length
+    table = tables.cpu().numpy().astype(np.int64)
+    return Tables(table, np.array(counts, np.int64), stored.block, stored.keys.shape[0])
 
 
-def visible(table: np.ndarray, stored: Stored, earliest: np.ndarray, length: np.ndarray, left: int) -> Items:
-    """The blocks that queries see of which the first stands at `earliest`; ValueError if one does not exist."""
-    block, blocks = stored.block, stored.keys.shape[0]
-    start = np.maximum(0, earliest - left) if left >= 0 else np.zeros_like(length)
-    first = start // block
-    items = Items(table, start, length, length - 1).part(first, -(-length // block) - first, block)
-    wrong = (items.table < 0) | (items.table >= blocks)
-    wrong &= (items.stop > items.start)[:, None]
-    if wrong.any():
-        row, column = (int(i) for i in np.argwhere(wrong)[0])
-        entry, at = int(items.table[row, column]), int(first[row]) + column
-        remedy = (
-            "a block that has left the cache's window is visible in this call; pass the window that the cache has"
-            if entry == -1
-            else f"there are {blocks} blocks"
-        )
-        raise ValueError(
-            f"tables must name a block for each token that is seen, got {entry} for sequence {row} at column {at}, "
-            f"tokens {at * block} to {at * block + block - 1}: {remedy}"
-        )
-    return items
-
-
-def check_packed(q: Tensor, cu_seqlens_q: Tensor, lengths: np.ndarray) -> list[int]:
-    """How many queries each sequence has; they are its last, so not more than it has tokens."""
+def check_packed(q: Tensor, cu_seqlens_q: Tensor, lengths: np.ndarray) -> np.ndarray:
+    """How many queries each sequence has."""
     if not isinstance(cu_seqlens_q, Tensor) or cu_seqlens_q.dtype not in (torch.int32, torch.int64):
         kind = cu_seqlens_q.dtype if isinstance(cu_seqlens_q, Tensor) else type(cu_seqlens_q).__name__
         raise TypeError(f"cu_seqlens_q must be an int32 or int64 tensor, got {kind}")
@@ -287,10 +215,14 @@ def check_packed(q: Tensor, cu_seqlens_q: Tensor, lengths: np.ndarray) -> list[i
             f"cu_seqlens_q must go up from 0 to the rows of q, {q.shape[0]}, got {ends.tolist()}: "
             "cumulative lengths, e.g. [0, 3, 8] for 3 and 5 queries"
         )
+    return queries
+
+
+def check_counted(queries: np.ndarray, lengths: np.ndarray) -> None:
+    """The queries are a sequence's last tokens, so not more than it has."""
     if (queries > lengths).any():
         row = int((queries > lengths).argmax())
         raise ValueError(
             f"lengths must count the queries too, {int(queries[row])} in sequence {row}, got {int(lengths[row])}: "
             "the keys of new tokens are written before they are attended to"
         )
-    return [int(n) for n in queries]

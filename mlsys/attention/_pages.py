@@ -99,6 +99,8 @@ class Pool:
     window: how many tokens before it a query sees beside itself, as `window=(left, 0)` of `attention`; blocks that no
     later query sees are given back. None: all.
 
+    version: a number that every call which changes something changes, so that tables noted down are known to be old.
+
     Block numbers are 0 … blocks − 1. A free block is taken before an idle one, and of the idle ones that which has
     been so for longest; a sequence lets go of its last blocks first, so that of a prefix the end is evicted first.
     """
@@ -113,6 +115,7 @@ class Pool:
         self._sealed: dict[int, Sealed] = {}  # of the indexed blocks
         self._index: dict[int, int] = {}  # hash → block
         self._live: set[Sequence] = set()
+        self.version = 0
 
     @property
     def available(self) -> int:
@@ -147,6 +150,7 @@ class Pool:
             seq.sealed = self._sealed[found]
             seq.length = seq.reserved = end
         self._live.add(seq)
+        self.version += 1
         return seq
 
     def reserve(self, seqs: Iterable[Sequence], tokens: int = 1) -> list[tuple[int, int]]:
@@ -164,6 +168,7 @@ class Pool:
                 f"{needed} more blocks of {self.block} tokens are needed, {self.available} of {self.blocks} are left: "
                 "free or truncate a sequence and try again, or make a larger pool"
             )
+        self.version += 1
         for seq in seqs:  # all of them, before any takes a block
             passed = self._passed(seq)
             self._release(seq.blocks[:passed])
@@ -185,6 +190,7 @@ class Pool:
         elif count and seq.tail is not None:
             self._seal(seq, told)
         seq.length += count
+        self.version += 1
 
     def append(self, seq: Sequence, token: int | None = None) -> list[tuple[int, int]]:
         """`reserve` and `advance` by one token; returns the copies to make before its keys and values are written."""
@@ -202,6 +208,7 @@ class Pool:
         for block in blocks:
             self._hold(block)
         self._live.add(child)
+        self.version += 1
         return child
 
     def truncate(self, seq: Sequence, length: int) -> None:
@@ -228,6 +235,7 @@ class Pool:
                 seq.tail, seq.sealed = list(seq.sealed.tokens), seq.sealed.before
             del seq.tail[length % self.block :]
         seq.length = seq.reserved = length
+        self.version += 1
 
     def free(self, seq: Sequence) -> None:
         """Let go of all its blocks; what is indexed stays findable until the room is needed."""
@@ -236,6 +244,7 @@ class Pool:
         self._live.remove(seq)
         seq.length = seq.reserved = seq.dropped = 0
         seq.blocks, seq.tail, seq.sealed = [], None, None
+        self.version += 1
 
     def table(self, seq: Sequence) -> list[int]:
         """The block of each `block` positions, reserved ones included; −1 for those that have left the window."""

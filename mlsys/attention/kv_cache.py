@@ -27,7 +27,8 @@ use a cryptographic hash: whoever can choose a prompt could otherwise read anoth
 
 for keys and for values: the rows of a head in a block lie together, as a matrix product
 wants them. A step has three parts, so that one that fails leaves the cache as it was:
-`reserve` room, `append` in each layer, `advance`.
+`reserve` room, `append` in each layer, `advance`. Where a step writes and what it reads is
+the same in all layers: worked out in the first, and again after anything has changed in the pool.
 
 With one block for each sequence, as long as the longest may get, the same class is a
 contiguous cache. `mlsys.models.transformer.KVCache` is one for sequences of the same
@@ -64,15 +65,18 @@ See also:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from mlsys.attention._inputs import DTYPES
 from mlsys.attention._kv_quant import FORMATS, dequantize, quantize
+from mlsys.attention._paged_items import Tables
 from mlsys.attention._pages import OutOfBlocks, Pool, Sequence, ids, whole
 
 __all__ = ["Batch", "OutOfBlocks", "PagedKVCache", "Pool", "Sequence"]
@@ -118,6 +122,7 @@ class PagedKVCache:
         # Not torch.empty: what was never written may be read along with the rest of its block, and times 0 NaN is NaN
         self.keys, self.values = (torch.zeros(shape, dtype=stored, device=device) for _ in "kv")
         self.scales = torch.zeros((2, *shape[:-1]), device=device) if self.format else None  # of keys, of values
+        self._step: _Step | None = None
 
     @property
     def nbytes(self) -> int:
@@ -164,22 +169,20 @@ class PagedKVCache:
                 )
             if torch.is_grad_enabled() and new.requires_grad:
                 raise RuntimeError("a cache is for inference: compute keys and values under torch.no_grad()")
-        t, block = k.shape[2], self.pool.block
-        self.reserve(seqs, t)
-        slots = [
-            [(seq.blocks[p // block - seq.dropped], p % block) for p in range(seq.length, seq.length + t)]
-            for seq in seqs
-        ]
+        t = k.shape[2]
+        step = self._step
+        if step is None or step.rows is None or not step.of(self.pool, seqs, t):
+            self.reserve(seqs, t)
+            step = self._step = self._prepared(seqs, t, to_write=True)
+        assert step.rows is not None
         if not t or not seqs:
             return
-        blocks, places = torch.tensor(slots, device=k.device).unsqueeze(1).unbind(-1)  # (b, 1, t)
-        rows = (self._rows(blocks) * block + places).flatten()  # where each row of k.flatten(0, 2) belongs
         for part, (stored, new) in enumerate(((self.keys, k), (self.values, v))):
             new = new.reshape(-1, new.shape[-1])  # (b·kv_heads·t, d)
             if self.format and self.scales is not None:
                 new, scales = quantize(new, self.format)
-                self.scales[part, layer].view(-1)[rows] = scales
-            stored[layer].view(-1, new.shape[-1])[rows] = new
+                self.scales[part, layer].view(-1)[step.rows] = scales
+            stored[layer].view(-1, new.shape[-1])[step.rows] = new
 
     def advance(self, seqs: Iterable[Sequence], tokens: int | Iterable[Iterable[int]]) -> None:
         """Count what every layer has appended: the ids for each sequence, or how many, of which nobody learns the ids.
@@ -216,13 +219,22 @@ class PagedKVCache:
         A table ends in −1 where it is shorter than the longest, and begins with −1 for blocks that have left the
         window. pending: as in `gather`.
         """
+        held, device = self.held(seqs, pending), self.keys.device
+        tables, lengths = (torch.from_numpy(x.astype(np.int32)).to(device) for x in (held.table, held.length))
+        return tables, lengths
+
+    def held(self, seqs: Iterable[Sequence], pending: int = 0) -> Tables:
+        """`tables` as attention wants them inside; all layers of a step are given the same."""
         seqs = list(seqs)
-        rows = [self.pool.table(seq) for seq in seqs]
-        longest = max(map(len, rows), default=0)
-        padded = [row + [-1] * (longest - len(row)) for row in rows]
-        tables = torch.tensor(padded, dtype=torch.int32, device=self.keys.device).view(len(seqs), longest)
-        lengths = [seq.length + self._held(seq, pending) for seq in seqs]
-        return tables, torch.tensor(lengths, dtype=torch.int32, device=self.keys.device)
+        if self._step is None or not self._step.of(self.pool, seqs, pending):
+            self._step = self._prepared(seqs, pending)
+        return self._step.tables
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """Keys, values and scales of one layer, as they lie there: (blocks, kv_heads, block, ·)."""
+        self._check_layer(layer)
+        scales = None if self.scales is None else (self.scales[0, layer], self.scales[1, layer])
+        return self.keys[layer], self.values[layer], scales
 
     def batch(self, seqs: Iterable[Sequence]) -> Batch:
         """These sequences as the cache that a model of `mlsys.models.transformer` takes."""
@@ -231,6 +243,22 @@ class PagedKVCache:
     def _check_layer(self, layer: int) -> None:
         if whole("layer", layer, at_least=0) >= self.keys.shape[0]:
             raise ValueError(f"layer must be below {self.keys.shape[0]}, the number of layers, got {layer}")
+
+    def _prepared(self, seqs: list[Sequence], tokens: int, *, to_write: bool = False) -> _Step:
+        """For `tokens` more than are counted in each sequence; to write them, if room was just reserved."""
+        version, block, device = self.pool.version, self.pool.block, self.keys.device
+        tables = [self.pool.table(seq) for seq in seqs]
+        lengths = np.array([seq.length + self._held(seq, tokens) for seq in seqs], np.int64)
+        padded = np.full((len(seqs), max(map(len, tables), default=0)), -1)
+        for row, table in zip(padded, tables, strict=True):
+            row[: len(table)] = table
+        rows = None
+        if to_write:
+            places = lengths[:, None] + np.arange(-tokens, 0)  # (b, t)
+            blocks = torch.from_numpy(np.take_along_axis(padded, places // block, 1)).to(device)
+            rows = self._rows(blocks[:, None]) * block + torch.from_numpy(places % block).to(device)[:, None]
+            rows = rows.flatten()
+        return _Step(version, seqs, tokens, Tables(padded, lengths, block, self.pool.blocks), rows)
 
     def _held(self, seq: Sequence, pending: int) -> int:
         if not 0 <= pending <= seq.reserved - seq.length:
@@ -259,6 +287,25 @@ class PagedKVCache:
         """Where the heads of these blocks (b, 1, n) lie in (blocks·kv_heads, …): (b, kv_heads, n)."""
         heads = self.keys.shape[2]
         return blocks * heads + torch.arange(heads, device=blocks.device).unsqueeze(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """What all layers of a step share, worked out for the first of them: `tokens` more for each sequence.
+
+    It holds until anything changes in the pool. Rows were made after `reserve`, so they may be written: a step that was
+    only read has none, since its sequences may share the block that comes next.
+    """
+
+    version: int
+    seqs: list[Sequence]
+    tokens: int
+    tables: Tables  # what is read
+    rows: Tensor | None  # where each row of k.flatten(0, 2) is written
+
+    def of(self, pool: Pool, seqs: list[Sequence], tokens: int) -> bool:
+        """Whether this is what a layer asks for."""
+        return self.version == pool.version and self.tokens == tokens and self.seqs == seqs
 
 
 def _copied(stored: Tensor, rows: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 `paged` copies the blocks of a few sequences together, because torch's matrix products want rows that lie side
 by side. A loop of one's own does not: it follows the table, block by block, and multiplies what it finds.
 
-- The two products are compiled; the softmax between them, and all the options, stay torch's and `paged`'s own.
+- Scores, softmax and average of one sequence are one compiled call, so that a call of Python costs little beside it.
+  The softmax is that of `flash_numba`: 2^x by a polynomial, many numbers at once.
 - A block is read from its beginning to its end, all heads, before the next: memory is fastest in a row.
 - Four query heads of a group with two tokens at once: what is loaded is used eight times before it is dropped.
 - 16 and 8 bits are widened to float32 as they are loaded, so that codes of a quantized cache need no copy either.
@@ -11,14 +12,15 @@ by side. A loop of one's own does not: it follows the table, block by block, and
 
 - Small blocks are fetched ahead, while the one before is worked on: a processor foresees what is read in a row, but
   no jump. Into the second cache, that is: the first has too few places for what is on its way. Above 4 KB a head,
-  jumps are so few that asking for every line costs more.
+  jumps are so few that asking for every line costs more; so it does if all layers together read so little that it
+  is still in the processor's cache from the step before.
 - Many rows with the same keys, a shared prefix, are left to `paged`: a matrix product is worth its copy there.
 
 Cost:
     `paged`'s FLOPs; each number in a visible block is read once.
 
 Memory:
-    The scores and weights of as many sequences as fit in 1 MiB, at least one, in float32.
+    The scores of one sequence, in float32.
 
 Where it loses: with many query heads a group in bfloat16, matrix products have instructions that this loop
 has not. `prefill` is bound by arithmetic and is `paged`'s. On a CPU only, one thread.
@@ -27,7 +29,7 @@ Papers:
     Kwon et al. 2023, arXiv:2309.06180, section 5.1 (kernels that read through the block table).
 
 See also:
-    `mlsys.attention.paged` (the readable version, with the formulas).
+    `mlsys.attention.paged` (the readable version, with the formulas), `mlsys.attention.flash_numba` (2^x).
 """
 
 from __future__ import annotations
@@ -37,27 +39,30 @@ from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.extending import overload as compiled_by_type
 from torch import Tensor
 
 from mlsys.attention import paged
 from mlsys.attention._inputs import wide
-from mlsys.attention._paged_inputs import DecodeOptions, Items, LayerOptions, Stored, check_how
+from mlsys.attention._paged_inputs import DecodeOptions, LayerOptions, Parts, Queries, Stored
+from mlsys.attention._paged_items import Items
+from mlsys.attention.flash_numba import _exp2, _largest
 from mlsys.attention.kv_cache import PagedKVCache, Sequence
 from mlsys.attention.paged import prefill, tokens_read
 
 __all__ = ["attention", "decode", "prefill", "tokens_read"]
 
 Array = np.ndarray
-SCORES = 1 << 20  # bytes that are worked on at once
 # The integers as which numba reads what it has no type for: each stands for one format.
 BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float8_e4m3fn: torch.uint8}
 FETCHED = 4096  # bytes of a head in a block, up to which the next block is fetched ahead
+NEAR = 12 << 20  # bytes that a step may read and find in the processor's cache again in the next: nothing to fetch
 REORDERED = {"reassoc", "contract", "nsz"}  # sums in any order, or they would be done one number at a time
+LOG2E = float(np.log2(np.e))
 
 
 @overload
@@ -86,33 +91,13 @@ def decode(
 ) -> tuple[Tensor, Tensor]: ...
 
 
-def decode(
-    q: Float[Tensor, "seqs h d"],
-    keys: Tensor,
-    values: Tensor,
-    tables: Int[Tensor, "seqs max_blocks"],
-    lengths: Int[Tensor, " seqs"],
-    *,
-    window: tuple[int, int] = (-1, -1),
-    alibi: Float[Tensor, " h"] | None = None,
-    softcap: float | None = None,
-    sinks: Float[Tensor, " h"] | None = None,
-    scale: float | None = None,
-    scales: tuple[Tensor, Tensor] | None = None,
-    splits: int = 1,
-    share_prefixes: bool = False,
-    return_lse: bool = False,
-) -> Float[Tensor, "seqs h dv"] | tuple[Float[Tensor, "seqs h dv"], Float[Tensor, "seqs h"]]:
+def decode(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, **options: Any) -> Any:
     """`paged.decode`: arguments, results and errors. ValueError if anything is not on the CPU.
 
     The first call in a process loads the compiled code (a fraction of a second), the first ever compiles it (seconds).
     """
-    how = check_how(q, window, alibi, softcap, sinks, scale)
-    if q.device.type != "cpu":
-        raise ValueError(f"q must be on the CPU, got {q.device}: use paged.decode there")
-    stored = Stored(keys, values, scales)
-    out, lse = paged.decode_by(Compiled, q, stored, tables, lengths, how, splits, share_prefixes, return_lse)
-    return (out, lse) if return_lse else out
+    _check_device(q)
+    return paged.decode(q, keys, values, tables, lengths, **{"reader": compiled, **options})
 
 
 @overload
@@ -142,64 +127,39 @@ def attention(
 
 
 def attention(
-    q: Float[Tensor, "b h t d"],
-    cache: PagedKVCache,
-    layer: int,
-    seqs: Iterable[Sequence],
-    pending: int = 0,
-    *,
-    causal: bool = True,
-    window: tuple[int, int] | None = None,
-    alibi: Float[Tensor, " h"] | None = None,
-    softcap: float | None = None,
-    sinks: Float[Tensor, " h"] | None = None,
-    scale: float | None = None,
-    splits: int = 1,
-    share_prefixes: bool = False,
-    return_lse: bool = False,
-) -> Float[Tensor, "b h t d"] | tuple[Float[Tensor, "b h t d"], Float[Tensor, "b h t"]]:
+    q: Tensor, cache: PagedKVCache, layer: int, seqs: Iterable[Sequence], pending: int = 0, **options: Any
+) -> Any:
     """`paged.attention`: arguments, results and errors; compiled for one query a sequence."""
-    return paged.attention_by(
-        decode, q, cache, layer, seqs, pending, causal, window, splits, share_prefixes, return_lse,
-        {"alibi": alibi, "softcap": softcap, "sinks": sinks, "scale": scale},
+    return paged.attention(q, cache, layer, seqs, pending, **{"reader": compiled, **options})
+
+
+def compiled(queries: Queries, stored: Stored, items: Items) -> Parts:
+    """Attention of each item's queries to its blocks where they lie."""
+    _check_device(queries.rows)
+    q = queries.rows.to(wide(queries.rows)).contiguous().numpy()
+    slopes = np.zeros(q.shape[1:3], q.dtype) if queries.slopes is None else queries.slopes.contiguous().numpy()
+    out, lse = np.empty((*q.shape[:3], stored.values.shape[3]), q.dtype), np.empty(q.shape[:3], q.dtype)
+    key_scales, value_scales = (None, None) if stored.scales is None else (x.numpy() for x in stored.scales)
+    _attend(
+        q, _array(stored.keys), _array(stored.values), key_scales, value_scales, _layers(stored.keys),
+        items.table, items.start, items.stop, queries.position, slopes, queries.softcap or 0.0, out, lse,
     )  # fmt: skip
+    return torch.from_numpy(out), torch.from_numpy(lse)
 
 
-class Compiled(paged.Reader):
-    """The two products over blocks where they lie."""
+def _check_device(q: Tensor) -> None:
+    if isinstance(q, Tensor) and q.device.type != "cpu":
+        raise ValueError(f"q must be on the CPU, got {q.device}: use paged there")
 
-    hides = True
 
-    def __init__(self, q: Tensor, stored: Stored) -> None:
-        self.stored = stored
-        self.dtype = wide(q)
-        self.limit = SCORES // (q.shape[1] * self.dtype.itemsize)
-        self._keys, self._values = _array(stored.keys), _array(stored.values)
-        self._scales = (None, None) if stored.scales is None else tuple(x.numpy() for x in stored.scales)
-
-    def turn_to(self, items: Items) -> None:
-        """Note the tables."""
-        self.items = items
-
-    def scores(self, q: Tensor) -> Tensor:
-        """The first product."""
-        table, start, stop, _ = self.items
-        out = torch.empty(*q.shape[:3], table.shape[1] * self.stored.block, dtype=self.dtype)
-        q = q.to(self.dtype).contiguous()
-        _scores(q.numpy(), self._keys, self._scales[0], table, start, stop, out.numpy())
-        return out
-
-    def average(self, weights: Tensor) -> Tensor:
-        """The second product."""
-        table, start, stop, _ = self.items
-        out = torch.zeros(*weights.shape[:3], self.stored.values.shape[3], dtype=self.dtype)
-        _average(weights.numpy(), self._values, self._scales[1], table, start, stop, out.numpy())
-        return out
+def _layers(keys: Tensor) -> int:
+    """Of how many layers these are the keys of one: a cache keeps all of them in one piece of memory."""
+    return keys.untyped_storage().nbytes() // max(1, keys.nbytes)
 
 
 def _array(x: Tensor) -> Array:
     """The memory of a tensor as numba can read it."""
-    return x.view(BITS.get(x.dtype, x.dtype)).numpy()
+    return (x.view(BITS[x.dtype]) if x.dtype in BITS else x).numpy()
 
 
 # --- compiled ---------------------------------------------------------------------------------------------------------
@@ -263,92 +223,193 @@ def _fetch_head(blocks: Array, b: int, h: int) -> None:
 
 
 @njit(cache=True, nogil=True, fastmath=REORDERED)
-def _scores(q: Array, keys: Array, scales: Array | None, table: Array, start: Array, stop: Array, out: Array) -> None:
-    """Queries (m, kv_heads, rows, d) with the keys in the table's blocks: out (m, kv_heads, rows, n), −∞ if unseen."""
-    items, heads, rows, d = q.shape
+def _attend(
+    q: Array,
+    keys: Array,
+    values: Array,
+    key_scales: Array | None,
+    value_scales: Array | None,
+    layers: int,
+    table: Array,
+    start: Array,
+    stop: Array,
+    position: Array,
+    slopes: Array,
+    softcap: float,
+    out: Array,
+    lse: Array,
+) -> None:
+    """Queries (items, kv_heads, rows, d) with the table's blocks: out (items, kv_heads, rows, dv) and its lse."""
+    items, heads, rows, _ = q.shape
     block = keys.shape[2]
-    ahead = block * keys.shape[3] * keys.itemsize <= FETCHED
-    zero = q.dtype.type(0)
+    scores = np.empty((heads, rows, table.shape[1] * block), q.dtype)
+    read = 0
     for i in range(items):
-        out[i, :, :, : start[i]] = -np.inf
-        out[i, :, :, stop[i] :] = -np.inf
-        columns = (stop[i] + block - 1) // block
-        for column in range(start[i] // block, columns):
-            b, base = table[i, column], column * block
-            following = table[i, min(column + 1, columns - 1)]
-            first, last = max(start[i] - base, 0), min(stop[i] - base, block)
+        read += max(0, stop[i] - start[i]) * heads * (keys.shape[3] + values.shape[3]) * keys.itemsize
+    far = read * layers > NEAR
+    fetch_keys = far and block * keys.shape[3] * keys.itemsize <= FETCHED
+    fetch_values = far and block * values.shape[3] * values.itemsize <= FETCHED
+    for i in range(items):
+        first, columns = start[i] // block, (stop[i] + block - 1) // block
+        for column in range(first, columns):
+            b, following, base = table[i, column], table[i, min(column + 1, columns - 1)], column * block
+            places = max(start[i] - base, 0), min(stop[i] - base, block)
             for h in range(heads):
-                if ahead:
+                if fetch_keys:
                     _fetch_head(keys, following, h)
-                for r in range(0, rows - 3, 4):
-                    for t in range(first, last - 1, 2):
-                        x0 = x1 = x2 = x3 = y0 = y1 = y2 = y3 = zero
-                        for j in range(d):
-                            x, y = _number(keys[b, h, t, j]), _number(keys[b, h, t + 1, j])
-                            q0, q1, q2, q3 = q[i, h, r, j], q[i, h, r + 1, j], q[i, h, r + 2, j], q[i, h, r + 3, j]
-                            x0 += q0 * x
-                            x1 += q1 * x
-                            x2 += q2 * x
-                            x3 += q3 * x
-                            y0 += q0 * y
-                            y1 += q1 * y
-                            y2 += q2 * y
-                            y3 += q3 * y
-                        at = base + t
-                        out[i, h, r, at], out[i, h, r, at + 1] = x0, y0
-                        out[i, h, r + 1, at], out[i, h, r + 1, at + 1] = x1, y1
-                        out[i, h, r + 2, at], out[i, h, r + 2, at + 1] = x2, y2
-                        out[i, h, r + 3, at], out[i, h, r + 3, at + 1] = x3, y3
-                fours = rows - rows % 4  # done above, but for the last token of an odd number
-                for r in range(rows):
-                    for t in range(last - (last - first) % 2 if r < fours else first, last):
-                        x0 = zero
-                        for j in range(d):
-                            x0 += q[i, h, r, j] * _number(keys[b, h, t, j])
-                        out[i, h, r, base + t] = x0
-                if scales is not None:
-                    for r in range(rows):
-                        for t in range(first, last):
-                            out[i, h, r, base + t] *= scales[b, h, t]
+                _scores(q[i, h], keys, key_scales, b, h, places, scores[h], base)
+        for h in range(heads):
+            for r in range(rows):
+                seen = scores[h, r, start[i] : stop[i]]
+                at = position[i, min(r, position.shape[1] - 1)] - start[i]
+                _change(seen, softcap, slopes[h, r], at)
+                lse[i, h, r] = _softmax(seen)
+        out[i] = 0
+        for column in range(first, columns):
+            b, following, base = table[i, column], table[i, min(column + 1, columns - 1)], column * block
+            places = max(start[i] - base, 0), min(stop[i] - base, block)
+            for h in range(heads):
+                if fetch_values:
+                    _fetch_head(values, following, h)
+                _average(scores[h], base, values, value_scales, b, h, places, out[i, h])
+
+
+@njit(cache=True, nogil=True, fastmath=REORDERED, inline="always")
+def _scores(
+    q: Array, keys: Array, scales: Array | None, b: int, h: int, places: tuple[int, int], out: Array, base: int
+) -> None:
+    """Rows of q with the keys of one head in some places of block b, into out's columns from base on."""
+    rows, d = q.shape
+    first, last = places
+    zero = q.dtype.type(0)
+    for r in range(0, rows - 3, 4):
+        for t in range(first, last - 1, 2):
+            x0 = x1 = x2 = x3 = y0 = y1 = y2 = y3 = zero
+            for j in range(d):
+                x, y = _number(keys[b, h, t, j]), _number(keys[b, h, t + 1, j])
+                q0, q1, q2, q3 = q[r, j], q[r + 1, j], q[r + 2, j], q[r + 3, j]
+                x0 += q0 * x
+                x1 += q1 * x
+                x2 += q2 * x
+                x3 += q3 * x
+                y0 += q0 * y
+                y1 += q1 * y
+                y2 += q2 * y
+                y3 += q3 * y
+            at = base + t
+            out[r, at], out[r, at + 1] = x0, y0
+            out[r + 1, at], out[r + 1, at + 1] = x1, y1
+            out[r + 2, at], out[r + 2, at + 1] = x2, y2
+            out[r + 3, at], out[r + 3, at + 1] = x3, y3
+    fours = rows - rows % 4  # done above, but for the last token of an odd number
+    for r in range(rows):
+        for t in range(last - (last - first) % 2 if r < fours else first, last):
+            x0 = zero
+            for j in range(d):
+                x0 += q[r, j] * _number(keys[b, h, t, j])
+            out[r, base + t] = x0
+    if scales is not None:
+        for r in range(rows):
+            for t in range(first, last):
+                out[r, base + t] *= scales[b, h, t]
+
+
+@njit(cache=True, nogil=True, fastmath=REORDERED, inline="always")
+def _average(
+    weights: Array, base: int, values: Array, scales: Array | None, b: int, h: int, places: tuple[int, int], out: Array
+) -> None:
+    """Weights from column base on times the values of one head in some places of block b, added to out (rows, dv)."""
+    rows, d = out.shape
+    first, last = places
+    if scales is not None:
+        for r in range(rows):
+            for t in range(first, last):
+                weights[r, base + t] *= scales[b, h, t]
+    for r in range(0, rows - 3, 4):
+        for t in range(first, last - 1, 2):
+            at = base + t
+            u0, w0 = weights[r, at], weights[r, at + 1]
+            u1, w1 = weights[r + 1, at], weights[r + 1, at + 1]
+            u2, w2 = weights[r + 2, at], weights[r + 2, at + 1]
+            u3, w3 = weights[r + 3, at], weights[r + 3, at + 1]
+            for j in range(d):
+                x, y = _number(values[b, h, t, j]), _number(values[b, h, t + 1, j])
+                out[r, j] += u0 * x + w0 * y
+                out[r + 1, j] += u1 * x + w1 * y
+                out[r + 2, j] += u2 * x + w2 * y
+                out[r + 3, j] += u3 * x + w3 * y
+    fours = rows - rows % 4
+    for r in range(rows):
+        rest = last - (last - first) % 2 if r < fours else first
+        for t in range(rest, last - 3, 4):  # so that out is loaded and stored once for four tokens
+            at = base + t
+            u0, u1, u2, u3 = weights[r, at], weights[r, at + 1], weights[r, at + 2], weights[r, at + 3]
+            for j in range(d):
+                x0, x1 = _number(values[b, h, t, j]), _number(values[b, h, t + 1, j])
+                x2, x3 = _number(values[b, h, t + 2, j]), _number(values[b, h, t + 3, j])
+                out[r, j] += u0 * x0 + u1 * x1 + u2 * x2 + u3 * x3
+        for t in range(last - (last - rest) % 4, last):
+            u0 = weights[r, base + t]
+            for j in range(d):
+                out[r, j] += u0 * _number(values[b, h, t, j])
 
 
 @njit(cache=True, nogil=True, fastmath=REORDERED)
-def _average(
-    weights: Array, values: Array, scales: Array | None, table: Array, start: Array, stop: Array, out: Array
-) -> None:
-    """Weights (m, kv_heads, rows, n) times the values in the table's blocks, added to out (m, kv_heads, rows, dv)."""
-    items, heads, rows, d = out.shape
-    block = values.shape[2]
-    ahead = block * values.shape[3] * values.itemsize <= FETCHED
-    for i in range(items):
-        columns = (stop[i] + block - 1) // block
-        for column in range(start[i] // block, columns):
-            b, base = table[i, column], column * block
-            following = table[i, min(column + 1, columns - 1)]
-            first, last = max(start[i] - base, 0), min(stop[i] - base, block)
-            for h in range(heads):
-                if ahead:
-                    _fetch_head(values, following, h)
-                if scales is not None:
-                    for r in range(rows):
-                        for t in range(first, last):
-                            weights[i, h, r, base + t] *= scales[b, h, t]
-                for r in range(0, rows - 3, 4):
-                    for t in range(first, last - 1, 2):
-                        at = base + t
-                        u0, w0 = weights[i, h, r, at], weights[i, h, r, at + 1]
-                        u1, w1 = weights[i, h, r + 1, at], weights[i, h, r + 1, at + 1]
-                        u2, w2 = weights[i, h, r + 2, at], weights[i, h, r + 2, at + 1]
-                        u3, w3 = weights[i, h, r + 3, at], weights[i, h, r + 3, at + 1]
-                        for j in range(d):
-                            x, y = _number(values[b, h, t, j]), _number(values[b, h, t + 1, j])
-                            out[i, h, r, j] += u0 * x + w0 * y
-                            out[i, h, r + 1, j] += u1 * x + w1 * y
-                            out[i, h, r + 2, j] += u2 * x + w2 * y
-                            out[i, h, r + 3, j] += u3 * x + w3 * y
-                fours = rows - rows % 4
-                for r in range(rows):
-                    for t in range(last - (last - first) % 2 if r < fours else first, last):
-                        u0 = weights[i, h, r, base + t]
-                        for j in range(d):
-                            out[i, h, r, j] += u0 * _number(values[b, h, t, j])
+def _change(row: Array, softcap: float, slope: float, position: int) -> None:
+    """Soft-cap and ALiBi of scores, whose first is that of key 0."""
+    if softcap:
+        cap = row.dtype.type(softcap)
+        for j in range(row.shape[0]):
+            row[j] = cap * np.tanh(row[j] / cap)
+    if slope:
+        for j in range(row.shape[0]):
+            row[j] -= slope * abs(position - j)
+
+
+@njit(cache=True, nogil=True, fastmath=REORDERED)
+def _softmax(row: Array) -> float:
+    """Weights in place of scores; returns the log-sum-exp of these, −∞ if there are none."""
+    top, unit = _peak(row), row.dtype.type(LOG2E)
+    total = row.dtype.type(0)
+    for j in range(row.shape[0]):
+        weight = _power((row[j] - top) * unit)
+        row[j] = weight
+        total += weight
+    for j in range(row.shape[0]):
+        row[j] /= total
+    return top + np.log(total)
+
+
+def _power(x: Any) -> Any:
+    """2^x."""
+    raise NotImplementedError
+
+
+def _peak(row: Any) -> Any:
+    """The largest of a row, −∞ if there are none."""
+    raise NotImplementedError
+
+
+@compiled_by_type(_power, inline="always")
+def _power_of(x: Any) -> Any:
+    def fast(x: Any) -> Any:
+        return _exp2(x)
+
+    def exact(x: Any) -> Any:
+        return np.exp2(x)
+
+    return fast if x == types.float32 else exact
+
+
+@compiled_by_type(_peak)
+def _peak_of(row: Any) -> Any:
+    def fast(row: Any) -> Any:
+        return _largest(row.view(np.int32), np.float32(-np.inf))
+
+    def exact(row: Any) -> Any:
+        top = -np.inf
+        for x in row:
+            top = max(top, x)
+        return top
+
+    return fast if row.dtype == types.float32 else exact

@@ -637,6 +637,202 @@ def test_bytes(quantized, itemsize, scale):
     assert cache.nbytes == 2 * 3 * 2 * 20 * (8 * itemsize + scale)
 
 
+# --- what the layers of a step share ----------------------------------------------------------------------------------
+
+
+class Rows:
+    """A cache of two layers, and what each of its sequences must hold: numbers that were never written before."""
+
+    def __init__(self, blocks=24, block=4, window=None):
+        self.cache = PagedKVCache(2, 1, 1, blocks, block, window=window)
+        self.held, self.next = {}, 1.0
+
+    def start(self, tokens=None):
+        seq = self.cache.pool.start(tokens)
+        self.held[seq] = []
+        return seq
+
+    def fork(self, seq):
+        child = self.cache.pool.fork(seq)
+        self.held[child] = list(self.held[seq])
+        return child
+
+    def append(self, layer, seqs, rows):
+        self.cache.append(layer, seqs, rows + layer / 2, -rows - layer / 2)
+
+    def step(self, seqs, t, *, upto=2):
+        """t tokens in each layer, or in the first only: then nothing counts."""
+        rows = torch.arange(self.next, self.next + len(seqs) * t).view(len(seqs), 1, t, 1)
+        self.next += len(seqs) * t
+        for layer in range(upto):
+            self.append(layer, seqs, rows)
+            self.check(seqs, [self.held[seq] + row.flatten().tolist() for seq, row in zip(seqs, rows, strict=True)], t)
+        if upto == 2:
+            self.cache.advance(seqs, t)
+            for seq, row in zip(seqs, rows, strict=True):
+                self.held[seq] += row.flatten().tolist()
+
+    def check(self, seqs, want, pending=0):
+        """By what attention is told to read, in the layer that was written first, and by nothing else."""
+        tables, block = self.cache.held(seqs, pending), self.cache.pool.block
+        assert tables.length.tolist() == [len(row) for row in want]
+        for table, row in zip(tables.table.tolist(), want, strict=True):
+            places = [(table[p // block], p % block) for p in range(len(row)) if table[p // block] >= 0]
+            got = [self.cache.keys[0, b, 0, p, 0].item() for b, p in places]
+            assert got == row[len(row) - len(got) :]
+        for table, seq in zip(tables.table.tolist(), seqs, strict=True):
+            assert [b for b in table if b >= 0] == seq.blocks
+
+    def check_all(self):
+        """Without `held`, which would prepare a step anew, and an old one would not be found out."""
+        for seq, row in self.held.items():
+            for layer in range(2):
+                got = self.cache.gather(layer, seq)
+                assert got[0].flatten().tolist() == [x + layer / 2 for x in row[len(row) - got[0].shape[1] :]]
+                assert torch.equal(got[1], -got[0])
+        self.cache.pool.check()
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@settings(deadline=None, max_examples=100)
+@given(
+    block=st.integers(1, 4),
+    ops=st.lists(
+        st.tuples(
+            st.sampled_from(["step", "half", "read", "look", "fork", "truncate", "free", "reserve"]),
+            st.integers(0, 1), st.integers(0, 3),
+        ),
+        max_size=14,
+    ),
+)  # fmt: skip
+def test_whatever_happens_between_two_steps_they_write_and_read_where_they_must(block, ops):
+    """Two batches take turns on one cache, and steps die half-way; each step must see the pool as it is then."""
+    rows = Rows(blocks=400 // block, block=block)
+    batches = [[rows.start(), rows.start()], [rows.start()]]
+    for what, which, n in ops:
+        batch = batches[which]
+        if what in ("step", "half"):
+            rows.step(batch, n, upto=2 if what == "step" else 1)
+        elif what == "read":
+            rows.check(batch, [rows.held[seq] for seq in batch])
+        elif what == "look":  # at room that nobody has written
+            rows.cache.held(batch, min([n, *(seq.reserved - seq.length for seq in batch)]))
+        elif what == "fork":
+            batch[0] = rows.fork(batches[1 - which][0])
+        elif what == "truncate":
+            left = min(n, batch[-1].length)
+            rows.cache.pool.truncate(batch[-1], left)
+            rows.held[batch[-1]] = rows.held[batch[-1]][:left]
+        elif what == "free":
+            rows.cache.pool.free(batch[-1])
+            del rows.held[batch[-1]]
+            batch[-1] = rows.start()
+        else:
+            rows.cache.reserve(batch, n)
+        rows.check_all()
+
+
+def test_a_step_is_prepared_for_the_first_layer_and_not_again(monkeypatch):
+    rows, prepared = Rows(), []
+    monkeypatch.setattr(
+        PagedKVCache, "_prepared", lambda *x, old=PagedKVCache._prepared, **y: (prepared.append(x[2]), old(*x, **y))[1]
+    )
+    seqs = [rows.start(), rows.start()]
+    new = torch.ones(2, 1, 3, 1)
+    for layer in range(2):
+        rows.append(layer, seqs, new)
+        assert rows.cache.held(iter(seqs), 3) is rows.cache.held(seqs, 3)
+    assert prepared == [3]
+    rows.append(0, seqs[::-1], new)  # another order is another step
+    rows.append(0, seqs, new[:, :, :2])
+    assert prepared == [3, 3, 2]
+
+
+def test_every_change_of_the_pool_is_seen_by_who_reads_next():
+    rows = Rows()
+    cache, pool, seq = rows.cache, rows.cache.pool, rows.start([1, 2, 3])
+    seen = [cache.held([seq])]
+
+    def read(of, blocks):
+        now = cache.held([of])
+        assert (now.length.tolist(), now.table.tolist()) == ([of.length], [blocks])
+        assert now is not seen[-1]
+        seen.append(now)
+
+    cache.reserve([seq], 3)
+    read(seq, [0])
+    cache.advance([seq], 3)
+    read(seq, [0])
+    pool.truncate(seq, 2)
+    read(seq, [0])
+    version = pool.version
+    child = pool.fork(seq)
+    assert pool.version != version
+    read(child, [0])
+    cache.reserve([child], 1)
+    read(child, [1])
+    pool.free(child)
+    with pytest.raises(ValueError, match="freed, or of another pool"):
+        cache.held([child])
+    read(seq, [0])
+    version = pool.version
+    pool.start()
+    assert pool.version != version
+
+
+@pytest.mark.parametrize("looked", [False, True])
+def test_a_block_shared_in_the_middle_of_a_step_is_copied_before_the_next_layer(looked):
+    """What was only read since, with the same number of tokens pending, is no leave to write."""
+    rows = Rows()
+    seq = rows.start()
+    rows.step([seq], 2)
+    rows.append(0, [seq], torch.full((1, 1, 1, 1), 7.0))
+    child = rows.fork(seq)
+    if looked:
+        rows.cache.held([seq], 1)
+    rows.append(1, [seq], torch.full((1, 1, 1, 1), 7.0))
+    rows.step([child], 1)
+    assert rows.cache.gather(1, seq, 1)[0].flatten().tolist() == [1.5, 2.5, 7.5]
+    rows.check_all()
+
+
+def test_a_block_taken_by_another_is_not_written_by_whom_it_was_prepared_for():
+    """A step is prepared and given up; its room goes to another sequence, and all of it is used."""
+    rows = Rows(blocks=2)
+    seq, other = rows.start(), rows.start()
+    rows.step([seq], 3)
+    rows.append(0, [seq], torch.full((1, 1, 4, 1), 7.0))
+    rows.cache.pool.truncate(seq, 3)
+    rows.step([other], 4)
+    with pytest.raises(OutOfBlocks):
+        rows.append(1, [seq], torch.full((1, 1, 4, 1), 7.0))
+    rows.check_all()
+    rows.cache.pool.free(other)
+    with pytest.raises(ValueError, match="freed, or of another pool"):
+        rows.cache.append(0, [other], *[torch.ones(1, 1, 4, 1)] * 2)
+    with pytest.raises(ValueError, match="freed, or of another pool"):
+        rows.cache.held([other])
+
+
+def test_blocks_that_have_left_the_window_are_not_read_by_the_next_step():
+    rows = Rows(window=3)
+    seq = rows.start()
+    for _ in range(12):
+        rows.step([seq], 1)
+        rows.check_all()
+    assert (rows.cache.held([seq]).table[0, : seq.dropped] == -1).all()
+    assert seq.dropped == 2
+
+
+def test_tables_that_are_given_out_are_nobody_elses():
+    rows = Rows()
+    seq = rows.start()
+    rows.step([seq], 5)
+    for x in rows.cache.tables([seq]):
+        x.fill_(99)
+    rows.check_all()
+
+
 # --- under a model ----------------------------------------------------------------------------------------------------
 
 

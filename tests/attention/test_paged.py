@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlsys.attention import flash, naive, paged, paged_numba
+from mlsys.attention import _paged_copied, flash, naive, paged, paged_numba
 from mlsys.attention._kv_quant import FORMATS, dequantize, quantize
-from mlsys.attention._paged_inputs import Items, common_prefixes
+from mlsys.attention._paged_copied import copied
+from mlsys.attention._paged_items import Items, common_prefixes
 from mlsys.attention.kv_cache import PagedKVCache
 from mlsys.contracts import check, find
 
@@ -138,8 +139,7 @@ def test_where_the_blocks_lie_is_of_no_consequence(module, seed):
 
 @MODULES
 def test_long_sequences_come_in_pieces_that_fit_the_scratch(module, monkeypatch):
-    monkeypatch.setattr(paged, "SCRATCH", 1000)
-    monkeypatch.setattr(paged_numba, "SCORES", 1000)
+    monkeypatch.setattr(_paged_copied, "SCRATCH", 1000)
     s = scene([150, 7, 90, 90, 31])
     for options in OPTIONS.values():
         got = module.decode(s.q, *s.cache, return_lse=True, **options)
@@ -227,17 +227,14 @@ def test_only_full_blocks_of_those_who_see_them_from_the_beginning_are_shared():
 @MODULES
 def test_a_shared_prefix_is_scored_once(module, monkeypatch):
     seen = []
-    reader = {paged: paged.Gathered, paged_numba: paged_numba.Compiled}[module]
-    monkeypatch.setattr(
-        paged.Gathered, "turn_to",
-        lambda self, items, old=paged.Gathered.turn_to: (seen.append(items), old(self, items))[1],
-    )  # fmt: skip
-    if reader is not paged.Gathered:
-        monkeypatch.setattr(
-            reader, "turn_to", lambda self, items, old=reader.turn_to: (seen.append(items), old(self, items))[1]
-        )
+
+    def noted(read):
+        return lambda queries, stored, items: (seen.append(items), read(queries, stored, items))[1]
+
+    monkeypatch.setattr(paged, "copied", noted(copied))
     s = scene([13, 16, 22, 12], shared=3)
-    module.decode(s.q, *s.cache, share_prefixes=True)
+    options = {} if module is paged else {"reader": noted(paged_numba.compiled)}
+    module.decode(s.q, *s.cache, share_prefixes=True, **options)
     assert sum(int((items.stop - items.start).sum()) for items in seen) == 63 - 3 * 12
 
 
@@ -329,6 +326,29 @@ def test_a_prompt_in_pieces_is_the_prompt_at_once(module):
         cache.advance(seqs, stop - start)
     assert module.attention(q[:, :, :0], cache, 0, seqs).shape == (2, 4, 0, 4)
     torch.testing.assert_close(torch.cat(outs, 2), naive.attention(q, k, v, causal=True), **EXACT)
+
+
+@MODULES
+@pytest.mark.parametrize("module_is", ["attention", "decode"])
+def test_blocks_are_read_by_whom_one_says(module, module_is):
+    """A reader gets each query with its blocks; what it returns is merged as its own."""
+    seen = []
+
+    def reader(queries, stored, items):
+        seen.append((tuple(queries.rows.shape), items.stop.tolist(), queries.need_lse))
+        return copied(queries, stored, items)
+
+    if module_is == "decode":
+        s = scene([9, 4, 1])
+        got = module.decode(s.q, *s.cache, splits=2, reader=reader)
+        torch.testing.assert_close(got, paged.decode(s.q, *s.cache), **EXACT)
+        assert seen == [((6, 2, 2, 5), [8, 4, 1, 1, 0, 0], True)]
+        return
+    cache, seqs, _ = filled([9, 14])
+    q = torch.randn(2, 4, 1, 4, dtype=torch.float64)
+    got = module.attention(q, cache, 1, seqs, 1, reader=reader)
+    torch.testing.assert_close(got, paged.attention(q, cache, 1, seqs, 1), **EXACT)
+    assert seen == [((2, 2, 2, 4), [9, 14], False)]
 
 
 def test_forks_share_their_prefix():

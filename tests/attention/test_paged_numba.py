@@ -37,12 +37,31 @@ def test_rows_and_tokens_that_are_left_over(h_kv, group, block, d, length, windo
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("d", [64, 600])
-def test_pieces_that_are_fetched_ahead_and_pieces_that_are_not(d):
-    given_ = blocks(2, 4, 16, d, [100, 3], torch.float32)
-    size = given_[1][0, 0].nbytes
-    assert (size <= paged_numba.FETCHED) == (d == 64)
-    torch.testing.assert_close(paged_numba.decode(*given_), paged.decode(*given_), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize(("d", "layers"), [(64, 1), (64, 400), (600, 400)])
+def test_pieces_that_are_fetched_ahead_and_pieces_that_are_not(d, layers):
+    """Small ones, of a cache that is larger than what a processor keeps: of that, this is one layer."""
+    q, keys, values, *where = blocks(2, 4, 16, d, [100, 3], torch.float32)
+    kept = torch.empty(layers, *keys.shape)[-1]
+    kept.copy_(keys)
+    assert paged_numba._layers(kept) == layers
+    assert (103 * 2 * 2 * d * 4 * layers > paged_numba.NEAR) == (layers > 1)
+    assert (keys[0, 0].nbytes <= paged_numba.FETCHED) == (d == 64)
+    torch.testing.assert_close(
+        paged_numba.decode(q, kept, values, *where), paged.decode(q, keys, values, *where), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("group", [1, 5])
+@pytest.mark.parametrize("softcap", [None, 1e-3, 3.0, 1e4])
+def test_the_compiled_softmax_in_float32(softcap, group):
+    """2^x is a polynomial there; in float64 it is the library's."""
+    given_ = blocks(2, group, 4, 16, [70, 1, 33])
+    alibi = torch.linspace(0.0, 2.0, 2 * group)
+    options = {"softcap": softcap, "alibi": alibi, "sinks": torch.linspace(-3, 3, 2 * group), "window": (40, 0)}
+    want = paged.decode(*given_, return_lse=True, **options)
+    q, keys, values, *where = given_
+    got = paged_numba.decode(q.float(), keys.float(), values.float(), *where, return_lse=True, **options)
+    torch.testing.assert_close(tuple(x.double() for x in got), want, rtol=1e-5, atol=1e-5)
 
 
 def test_every_code_of_8_bits_and_every_bfloat16_is_read_as_torch_reads_it():
@@ -64,5 +83,5 @@ def test_every_code_of_8_bits_and_every_bfloat16_is_read_as_torch_reads_it():
 @pytest.mark.usefixtures("unchecked_types")
 def test_compiled_code_is_for_the_cpu():
     q, keys, values, tables, lengths = blocks(1, 4, 4, 8, [9])
-    with pytest.raises(ValueError, match=r"q must be on the CPU, got meta: use paged\.decode there"):
+    with pytest.raises(ValueError, match=r"q must be on the CPU, got meta: use paged there"):
         paged_numba.decode(q.to("meta"), keys, values, tables, lengths)

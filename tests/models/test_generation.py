@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlsys.attention import flash, naive, paged
+from mlsys.attention import flash, naive, paged, paged_numba
 from mlsys.attention.kv_cache import Batch, OutOfBlocks, PagedKVCache
 from mlsys.models.transformer import Cache, KVCache, Transformer, generate
 from mlsys.perf import inference
@@ -263,6 +263,35 @@ def test_blocks_are_read_by_whom_one_says():
     got = model(tokens, cache=Batch(cache, [cache.pool.start() for _ in tokens], reader))
     assert calls == [(0, 9, {"softcap": 2.0}), (1, 9, {"softcap": 2.0})]
     torch.testing.assert_close(got, model(tokens))
+
+
+@pytest.mark.parametrize("reader", [None, paged_numba.attention], ids=["torch", "numba"])
+@torch.no_grad()
+def test_two_batches_on_one_cache_take_turns_and_a_step_that_died_is_made_again(reader):
+    fails = []
+
+    def attention(q, k, v, *, causal):
+        raise AssertionError("the blocks are read where they lie")
+
+    def mortal(*arguments, **options):
+        if fails and arguments[2] == 1:
+            raise RuntimeError(fails.pop())
+        return (reader or paged.attention)(*arguments, **options)
+
+    attention.__module__, attention.__name__ = naive.attention.__module__, "attention"
+    model, tokens = build(LLAMA, attention=attention), draw(LLAMA, 14, b=3)
+    want = build(LLAMA)(tokens)
+    cache = model.paged_cache(30, BLOCK)
+    turns = [slice(0, 2), slice(2, 3)]
+    batches = [Batch(cache, [cache.pool.start() for _ in tokens[rows]], mortal) for rows in turns]
+    for start, stop in ((0, 5), (5, 6), (6, 7), (7, 9), (9, 10), (10, 14)):
+        for rows, batch in zip(turns, batches, strict=True):
+            fails.append("died in the second layer")
+            with pytest.raises(RuntimeError, match="died"):
+                model(tokens[rows, start:stop] * 0, cache=batch)  # other tokens, of which nothing may be left
+            got = model(tokens[rows, start:stop], cache=batch)
+            torch.testing.assert_close(got, want[rows, start:stop], rtol=1e-9, atol=1e-9)
+    cache.pool.check()
 
 
 def test_a_cache_of_ones_own_is_asked_for_no_more_than_the_protocol_says():
