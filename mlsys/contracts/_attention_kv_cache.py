@@ -3,15 +3,16 @@
 The implementation is anything that is called as `make(blocks, block)` and gives an object with
 
     start(tokens)       a handle, whose `length` says how many tokens of this prompt need not be computed again
-    append(seq, token)  the copies [(from, to), …] of blocks that must be made before the token is written
+    append(seq, token)  the copies [(from, to), …] of blocks that must be made before the token is written; or None
     fork(seq)           another handle with the same tokens
     free(seq)
     table(seq)          the block of each `block` tokens
     available           how many blocks can be had: free ones, and those that only the prefix index remembers
 
-with `length` counting on as tokens are appended. It holds no tensors. The exercise has a memory, makes the copies
-that it is told to make, writes each token where the table says, and after every operation reads what each sequence
-then has: so it is known whether a mistake would have changed a token. The rules that more than one answer would fit:
+where a handle is any object with an int `length`, which counts on as tokens are appended. It holds no tensors. The
+exercise has a memory, makes the copies that it is told to make, writes each token where the table says, and after
+every operation reads what each sequence then has: so it is known whether a mistake would have changed a token. The
+rules that more than one answer would fit:
 
 - what a prompt takes over are full blocks of equal prefixes, whoever computed them, freed or not; at least one token
   stays to be computed;
@@ -26,7 +27,9 @@ The oracle knows blocks by the whole of their prefix, not by a hash, and has no 
 
 from __future__ import annotations
 
+import operator
 import random
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,11 +38,18 @@ from typing import Any
 import numpy as np
 
 from mlsys.attention.kv_cache import OutOfBlocks, Pool
+from mlsys.contracts import _attention_formula as formula
 from mlsys.contracts.core import Case, Contract, Inputs, Mismatch, Results, Wrong
 
-SIGNATURE = "make(blocks, block) -> object with start(tokens), append(seq, token), fork(seq), free(seq), table(seq)"
+METHODS = ("start", "append", "fork", "free", "table")
+SIGNATURE = (
+    "make(blocks, block) -> object with start(tokens) -> handle, append(seq, token) -> [(from, to), …], "
+    "fork(seq) -> handle, free(seq), table(seq) -> [block, …], and the int available; a handle has an int length"
+)
 NOTHING = -1
 NO_BLOCK = -2  # what is read where the table ends before the sequence does
+NO_TOKEN = -3  # what is in a place before any token is
+READS = {NO_BLOCK: "−2: table(seq) has no block for it", NO_TOKEN: "−3: never written"}
 Script = list[tuple[Any, ...]]
 
 CASES: list[Case] = [
@@ -193,75 +203,142 @@ def _log(inputs: Inputs) -> _Log:
 
 
 class _Memory:
-    """What is in the blocks: a token in each place, and before that a number that is no token."""
+    """What is in the blocks: a token in each place, and before that a number that is no token.
 
-    def __init__(self, manager: Any, blocks: int, block: int) -> None:
-        self.manager, self.blocks, self.block = manager, blocks, block
-        self.places = np.arange(-1000, -1000 - blocks * block, -1).reshape(blocks, block)
+    It asks the manager, and Mismatch says so where the answer is of another kind than it must be.
+    """
+
+    def __init__(self, make: Callable[..., Any], blocks: int, block: int) -> None:
+        formula.accepts(make, {}, SIGNATURE, tensors=2)
+        self.manager, self.blocks, self.block = make(blocks, block), blocks, block
+        missing = [name for name in METHODS if not callable(getattr(self.manager, name, None))]
+        if not hasattr(type(self.manager), "available") and not hasattr(self.manager, "available"):
+            missing.append("available")
+        if missing:
+            raise Mismatch(f"{_kind(self.manager)} has no {', '.join(missing)}; wanted is {SIGNATURE}")
+        self.places = np.full((blocks, block), NO_TOKEN)
+
+    def start(self, tokens: list[int]) -> Any:
+        """A handle."""
+        try:
+            return self.handle("start(tokens)", self.manager.start(tokens))
+        except Exception as error:
+            if not _is_out_of_blocks(error):
+                raise
+            raise Mismatch(
+                "start(tokens) raised OutOfBlocks, but it takes no free block: it finds those that are known, "
+                "and append takes the others"
+            ) from None
+
+    def fork(self, seq: Any) -> Any:
+        """Another handle."""
+        return self.handle("fork(seq)", self.manager.fork(seq))
 
     def append(self, seq: Any, token: int) -> None:
-        """Let the manager make room, copy as it says, and write where its table says."""
-        copies = self.manager.append(seq, token)
-        for copy in copies if copies is not None else ():
-            source, target = copy
-            self.places[self.number(target)] = self.places[self.number(source)]
+        """Let the manager make room, copy as it says, and write where its table says; without a block, it is lost."""
+        for source, target in self.copies(self.manager.append(seq, token)):
+            self.places[target] = self.places[source]
         at = self.length(seq) - 1
         if at < 0:
             raise Mismatch("append left a sequence of length 0: `length` counts the tokens, the new one too")
-        self.places[self.block_of(seq, at), at % self.block] = token
+        table = self.table(seq)
+        if at // self.block < len(table):
+            self.places[table[at // self.block], at % self.block] = token
 
     def read(self, seq: Any) -> list[int]:
         """The tokens of a sequence, as far as its table has a block for them."""
-        length = self.length(seq)
-        there = min(length, len(list(self.manager.table(seq))) * self.block)
-        tokens = [int(self.places[self.block_of(seq, p), p % self.block]) for p in range(there)]
+        length, table = self.length(seq), self.table(seq)
+        there = min(length, len(table) * self.block)
+        tokens = [int(self.places[table[p // self.block], p % self.block]) for p in range(there)]
         return tokens + [NO_BLOCK] * (length - there)
 
-    def length(self, seq: Any) -> int:
-        """Of a handle; Mismatch if it says none, or more than there is room for."""
-        length = getattr(seq, "length", None)
-        if not isinstance(length, int | np.integer):
-            raise Mismatch(f"a handle must have an int `length`, got {length!r} on a {type(seq).__name__}")
-        if not 0 <= length <= self.blocks * self.block:
-            raise Mismatch(f"a handle says length {length}; the pool has room for {self.blocks * self.block} tokens")
-        return int(length)
+    @property
+    def available(self) -> int:
+        """As the manager says."""
+        found = self.manager.available
+        if callable(found):
+            raise Mismatch("`available` is a method: make it a property, or an attribute")
+        if (number := _whole(found)) is None:
+            raise Mismatch(f"`available` must be an int, how many blocks can be had, got {reprlib.repr(found)}")
+        return number
 
-    def block_of(self, seq: Any, position: int) -> int:
-        """From the table."""
-        table = list(self.manager.table(seq))
-        if position // self.block >= len(table):
-            raise Mismatch(f"table(seq) has {len(table)} blocks of {self.block}: none for token {position}")
-        return self.number(table[position // self.block])
+    def handle(self, method: str, seq: Any) -> Any:
+        """What a method has returned, if that is one."""
+        if not hasattr(seq, "length") and not hasattr(type(seq), "length"):
+            raise Mismatch(f"{method} must return a handle, an object with an int `length`, got {_kind(seq)}")
+        return seq
+
+    def length(self, seq: Any) -> int:
+        """Of a handle: no more than there is room for."""
+        length, room = seq.length, self.blocks * self.block
+        if callable(length):
+            raise Mismatch("the `length` of a handle is a method: make it a property, or an attribute")
+        if (number := _whole(length)) is None:
+            raise Mismatch(f"the `length` of a handle must be an int, got {reprlib.repr(length)}")
+        if not 0 <= number <= room:
+            raise Mismatch(f"a handle says length {number}; the pool has room for {room} tokens")
+        return number
+
+    def table(self, seq: Any) -> list[int]:
+        """The blocks of a sequence."""
+        table = self.manager.table(seq)
+        try:
+            blocks = list(table)
+        except TypeError:
+            raise Mismatch(f"table(seq) must return a sequence's blocks in order, got {reprlib.repr(table)}") from None
+        return [self.number(block) for block in blocks]
+
+    def copies(self, told: Any) -> list[tuple[int, int]]:
+        """What `append` has returned, as pairs of blocks."""
+        try:
+            return [(self.number(source), self.number(target)) for source, target in (() if told is None else told)]
+        except (TypeError, ValueError):
+            raise Mismatch(
+                "append(seq, token) must return the copies to be made, a list of pairs of blocks [(from, to), …], "
+                f"or None, got {reprlib.repr(told)}"
+            ) from None
 
     def number(self, block: Any) -> int:
         """Of a block that there is."""
-        if not isinstance(block, int | np.integer) or not 0 <= block < self.blocks:
-            raise Mismatch(f"blocks have numbers from 0 to {self.blocks - 1}, got {block!r}")
-        return int(block)
+        number = _whole(block)
+        if number is None or not 0 <= number < self.blocks:
+            raise Mismatch(f"blocks have numbers from 0 to {self.blocks - 1}, got {reprlib.repr(block)}")
+        return number
+
+
+def _whole(value: Any) -> int | None:
+    """As an int, if it is a whole number of any library."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"an object of class {type(value).__name__}"
 
 
 def call(make: Callable[..., Any], inputs: Inputs) -> Results:
     """Run the script; what is live is read after each operation."""
-    manager = make(inputs["blocks"], inputs["block"])
-    memory, log = _Memory(manager, inputs["blocks"], inputs["block"]), _log(inputs)
+    memory, log = _Memory(make, inputs["blocks"], inputs["block"]), _log(inputs)
     live: dict[str, Any] = {}
     for what, name, *more in inputs["script"]:
         raised, taken_over = False, NOTHING
         if what == "start":
-            seq = live[name] = manager.start(list(more[0]))
+            seq = live[name] = memory.start(list(more[0]))
             taken_over = memory.length(seq)
             for token in more[0][taken_over:]:
                 raised = raised or _out_of_blocks(memory, seq, token)
             if raised:  # as an engine does: the prompt waits
-                manager.free(live.pop(name))
+                memory.manager.free(live.pop(name))
         elif name in live:  # its start may have failed
             if what == "append":
                 raised = _out_of_blocks(memory, live[name], more[0])
             elif what == "fork":
-                live[more[0]] = manager.fork(live[name])
+                live[more[0]] = memory.fork(live[name])
             else:
-                manager.free(live.pop(name))
-        log.see(raised, taken_over, manager.available, {name: memory.read(seq) for name, seq in live.items()})
+                memory.manager.free(live.pop(name))
+        log.see(raised, taken_over, memory.available, {name: memory.read(seq) for name, seq in live.items()})
     return log.results()
 
 
@@ -269,10 +346,15 @@ def _out_of_blocks(memory: _Memory, seq: Any, token: int) -> bool:
     try:
         memory.append(seq, token)
     except Exception as error:
-        if isinstance(error, OutOfBlocks) or type(error).__name__ == "OutOfBlocks":
-            return True
-        raise
+        if not _is_out_of_blocks(error):
+            raise
+        return True
     return False
+
+
+def _is_out_of_blocks(error: Exception) -> bool:
+    """Ours, or one that a student has called so."""
+    return isinstance(error, OutOfBlocks) or type(error).__name__ == "OutOfBlocks"
 
 
 # --- the oracle, and the mistakes -------------------------------------------------------------------------------------
@@ -327,6 +409,8 @@ class _Plain:
                 found.holders.add(seq)
             seq.blocks.append(found)
             seq.tokens = tokens[:end]
+        for token in tokens[seq.length :] if self.mistake == "prompt_counted" else ():
+            self.append(seq, token)
         return seq
 
     def _known(self, prefix: list[int]) -> _Block | None:
@@ -346,13 +430,14 @@ class _Plain:
         rest = seq.length % self.block
         if self.mistake == "counts_before_it_fails":
             seq.tokens.append(token)
-        if not rest and seq.length // self.block == len(seq.blocks):
+        if self._wants_block(seq):
             seq.blocks.append(self._take(seq))
-        elif rest and len(seq.blocks[-1].holders) > 1 and self.mistake != "no_copy":
+        elif rest and seq.blocks and len(seq.blocks[-1].holders) > 1 and self.mistake != "no_copy":
             shared = seq.blocks[-1]
             new = self._take(seq)
             seq.blocks[-1] = new
             copies = [] if self.mistake == "copy_not_told" else [(shared.number, new.number)]
+            copies = [pair[::-1] for pair in copies] if self.mistake == "copy_backwards" else copies
             if self.mistake != "copy_keeps_holding":
                 shared.holders.discard(seq)
         elif rest and self.mistake == "always_copies":
@@ -368,8 +453,22 @@ class _Plain:
         self._remember(seq)
         return copies
 
+    def _wants_block(self, seq: _Seq) -> bool:
+        """Before the next token is counted: whether the blocks are full."""
+        room = len(seq.blocks) * self.block
+        match self.mistake:
+            case "block_late":
+                return seq.length > room
+            case "block_late_after_first":
+                return seq.length > room or not room
+            case "blocks_rounded_down":
+                return seq.length + 1 >= room + self.block
+        return seq.length % self.block == 0 and seq.length == room
+
     def _remember(self, seq: _Seq) -> None:
         rest, prefix = seq.length % self.block, tuple(seq.tokens)
+        if len(seq.blocks) * self.block < seq.length:  # so a mistake has left it
+            return
         if rest == 0 and not any(b.prefix == prefix for b in self.all):
             seq.blocks[seq.length // self.block - 1].prefix = prefix
 
@@ -465,12 +564,14 @@ def _compare(inputs: Inputs, got: np.ndarray, want: np.ndarray, tolerance: float
     names = _log(inputs).names
     row = int(np.argmax((got[first] != want[first]).any(-1)))
     mine, right = ([int(x) for x in grid[first, row] if x != NOTHING] for grid in (got, want))
-    return f"{after}: {names[row]} reads {mine}, expected {right} (−2: no block for it; below −999: never written)"
+    told = "; ".join(text for number, text in READS.items() if number in mine)
+    return f"{after}: {names[row]} reads {mine}, expected {right}" + (f" ({told})" if told else "")
 
 
 HINTS = {
     "no_copy": "a block that somebody else holds too must be copied before a token is written into it",
     "copy_not_told": "the new block has nothing of the old one's tokens unless append returns the copy (from, to)",
+    "copy_backwards": "a copy goes from the shared block to the new one: (from, to)",
     "copy_keeps_holding": "after a copy, the sequence no longer holds the block it was copied from: count it down",
     "always_copies": "a block that nobody else holds is written in place",
     "shared_table": "a fork needs a table of its own: what one of them appends is not the other's",
@@ -479,6 +580,10 @@ HINTS = {
     "free_ignores_others": "free counts down; only at 0 is a block free",
     "last_block_kept": "free gives back the last block too, though it is not full",
     "one_block_ahead": "take a block when a token needs it, not when the one before has been filled",
+    "block_late": "the token that is appended needs room too: take a block when those there are full, not one later",
+    "block_late_after_first": "when the blocks are full, the next token needs another one: n ≥ room, not n > room",
+    "blocks_rounded_down": "n tokens need n / block blocks, rounded up: the last one need not be full",
+    "prompt_counted": "start counts only tokens that have been computed before; append is called for all the rest",
     "all_known": "of a prompt that is known to the end, a token must be left to compute: its result is wanted",
     "block_alone": "a block is the same only after the same tokens: its hash must contain that of the block before",
     "no_prefixes": "a prompt that begins as another takes over its full blocks",

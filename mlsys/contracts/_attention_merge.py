@@ -92,6 +92,8 @@ def call(impl: Callable[..., Any], inputs: Inputs) -> Results:
     if not isinstance(got, tuple | list) or len(got) != 2 or not all(isinstance(x, Tensor) for x in got):
         raise Mismatch(f"returned {type(got).__name__}, expected two tensors (out, lse)")
     out, lse = got
+    if (out.shape, lse.shape) == (inputs["lse_a"].shape, inputs["out_a"].shape):
+        raise Mismatch("returned (lse, out), expected (out, lse): exchange the two")
     for name, x, like in (("out", out, inputs["out_a"]), ("lse", lse, inputs["lse_a"])):
         if x.dtype != like.dtype:
             raise Mismatch(f"{name} is {x.dtype}, but that of the parts is {like.dtype}: return the same")
@@ -178,7 +180,7 @@ def _merge(
     if halves:
         za, zb = torch.full_like(za, 0.5), torch.full_like(zb, 0.5)
     if skip_empty:
-        a, b = (x.masked_fill((y == -math.inf)[..., None], 0.0) for x, y in ((a, lse_a), (b, lse_b)))
+        a, b = _without_empty(a, lse_a), _without_empty(b, lse_b)
     if swap:
         za, zb = zb, za
     return (za[..., None] * a + zb[..., None] * b).to(a.dtype), lse
@@ -191,6 +193,32 @@ def _wrong(hint: str, **knobs: Any) -> Wrong:
     return Wrong(impl, hint)
 
 
+def _textbook(
+    a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor, *, then: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """The two lines of a textbook; `then` repairs the output, given the log-sum-exp."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    out = (torch.exp(lse_a - lse)[..., None] * a + torch.exp(lse_b - lse)[..., None] * b).to(a.dtype)
+    return then(out, lse) if then else out, lse
+
+
+def _nan_made_zero(*parts: Tensor) -> tuple[Tensor, Tensor]:
+    return _textbook(*parts, then=lambda out, lse: out.nan_to_num())
+
+
+def _nan_gradients(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    return _nan_made_zero(a.nan_to_num(), lse_a, b.nan_to_num(), lse_b)
+
+
+def _nan_gradients_of_lse(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    a, b = _without_empty(a, lse_a), _without_empty(b, lse_b)
+    return _textbook(a, lse_a, b, lse_b, then=_without_empty)
+
+
+def _without_empty(out: Tensor, lse: Tensor) -> Tensor:
+    return out.masked_fill((lse == -math.inf)[..., None], 0.0)
+
+
 WRONG = {
     "not_normalised": _wrong("divide the weights by their sum: they must add up to 1", normalise=False),
     "no_max": _wrong(
@@ -198,6 +226,22 @@ WRONG = {
     ),
     "nan_for_two_empties": _wrong(
         "−∞ − (−∞) is NaN: where both parts are empty the output is 0 and the log-sum-exp −∞", guard=False
+    ),
+    "nan_weights_for_two_empties": Wrong(
+        _textbook,
+        "the log-sum-exp of two empty parts is right, but exp(lse_a − lse) is exp(−∞ − (−∞)) = NaN: subtract 0 there",
+    ),
+    "nan_gradients": Wrong(
+        _nan_gradients,
+        "NaN that is replaced in the result comes back in the gradients: replace −∞ before it is subtracted from −∞",
+    ),
+    "nan_gradients_of_lse": Wrong(
+        _nan_gradients_of_lse,
+        "masks keep NaN out of the output, but 0 · NaN is in the gradient of exp(−∞ − (−∞)): replace −∞ before it",
+    ),
+    "nan_made_zero": Wrong(
+        _nan_made_zero,
+        "NaN made 0 at the end takes the other part with it: leave the output of an empty part out before the sum",
     ),
     "base_two": _wrong(
         "the log-sum-exp is in natural logarithms: exp and log, not exp2 and log2", exp=torch.exp2, log=torch.log2

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from mlsys.attention import paged
 from mlsys.contracts import _attention_formula as formula
-from mlsys.contracts.core import Case, Contract, Inputs, Mismatch, Results, Wrong
+from mlsys.contracts.core import Case, Contract, Inputs, Mismatch, Results, Wrong, difference, numeric
 
 SIGNATURE = "decode(q, keys, values, tables, lengths, *, scale=None) -> (seqs, heads, dv)"
+SINGLE = 32 * torch.finfo(torch.float32).eps  # an error that steps in float32 leave, as a part of the largest output
 ARGUMENTS = ("q", "keys", "values", "tables", "lengths")
 
 
@@ -143,6 +144,19 @@ def tolerance(inputs: Inputs, name: str, want: np.ndarray) -> float:
     return max(formula.tolerance(one, "out", row[None, :, None]) for one, row in zip(_alone(inputs), want, strict=True))
 
 
+def _compare(inputs: Inputs, got: np.ndarray, want: np.ndarray, tolerance: float) -> str | None:
+    """As numbers; and what is wrong where the digits that are printed are the same."""
+    problem = numeric(inputs, got, want, tolerance)
+    if not problem or got.shape != want.shape or inputs["q"].dtype != torch.float64:
+        return problem
+    if difference(got, want).max() > SINGLE * np.abs(want).max():
+        return problem
+    return (
+        f"{problem}: that is as exact as float32, but the inputs are float64, and so must be every step: "
+        "compute in the wider of their dtype and float32"
+    )
+
+
 # --- wrong variants ---------------------------------------------------------------------------------------------------
 
 
@@ -173,9 +187,17 @@ def _plain(
             n = -(-n // block) * block
         if mistake == "last_block_dropped":
             n = max(block, n // block * block) if n else 0
+        if mistake == "last_token_dropped":
+            n = max(0, n - 1)
         row = tables[0 if mistake == "first_table" else i].tolist()
         row = [] if mistake == "table_ignored" else row
         part = []
+        if mistake in ("column_modulo", "columns_interleaved"):
+            j, columns = torch.arange(n, device=keys.device), tables.shape[1]
+            at = tables[i, j % columns].long(), j % block if mistake == "column_modulo" else j // columns
+            k, v = (x.transpose(1, 2)[at].transpose(0, 1)[heads].to(wide) for x in (keys, values))  # (h, n, ·)
+            part = [((k @ (q[i].to(wide) * scale)[..., None])[..., 0], v)] if n else []
+            n = 0  # that was all
         for column in range(-(-n // block)):
             if mistake == "table_off_by_one":
                 column = min(column + 1, len(row) - 1)
@@ -221,11 +243,14 @@ HINTS = {
     "scale_by_d": "divide the scores by the square root of d, not by d",
     "scale_ignored": "use the `scale` argument where it is given; 1/√d is its default",
     "table_off_by_one": "token j is in block tables[i, j // block], from column 0",
+    "column_modulo": "token j is in block tables[i, j // block], at place j % block: not in column j % columns",
+    "columns_interleaved": "a block is filled before the next is begun: put the blocks one after another, not in turns",
     "table_ignored": "blocks lie in any order: ask the table for each, do not count them up from the first",
     "first_table": "each sequence has a table of its own: row i for sequence i",
     "layout": "a block is (kv_heads, block, d): the tokens of one head lie together, not the heads of one token",
     "whole_last_block": "the last block holds lengths[i] mod block tokens; what is behind them is not this sequence's",
     "last_block_dropped": "the last block counts too, though it is not full: round the number of blocks up",
+    "last_token_dropped": "lengths[i] counts the newest token too, whose key is there: read tokens 0 … lengths[i] − 1",
     "padding_is_a_block": "−1 is padding, not a block (in Python, the last one): stop at lengths[i]",
     "lengths_of_another": "each sequence has a length of its own: lengths[i] for sequence i",
     "longest_for_all": "each sequence ends at its own length; up to the longest there is padding, and others' tokens",
@@ -257,4 +282,5 @@ def contract(name: str, reference: Callable[..., Any] = paged.decode) -> Contrac
         oracle=oracle,
         tolerance=tolerance,
         wrong={mistake: Wrong(_wrong(mistake), hint) for mistake, hint in HINTS.items()},
+        compare={"out": _compare},
     )

@@ -242,7 +242,7 @@ def test_an_online_softmax_in_float32_is_told_what_is_wrong_in_float64_and_no_fa
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", ["attention.variants", "attention.merge"])
+@pytest.mark.parametrize("name", ["attention.variants", "attention.merge", "attention.paged"])
 def test_other_seeds_pass_and_every_mistake_is_named(name, seed):
     contract = find(name)
     assert check(contract, contract.reference, seed=1000 * seed).passed
@@ -268,6 +268,99 @@ def test_an_implementation_without_an_option_is_told_the_signature():
         q, k, v, causal=causal, scale=scale)).passed  # fmt: skip
 
 
+def textbook(a, lse_a, b, lse_b):
+    """How a merge is written on a blackboard."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    return (torch.exp(lse_a - lse)[..., None] * a + torch.exp(lse_b - lse)[..., None] * b).to(a.dtype), lse
+
+
+def sigmoid(a, lse_a, b, lse_b):
+    w = torch.sigmoid(lse_a - lse_b)[..., None].to(a.dtype)
+    return w * a + (1 - w) * b, torch.logaddexp(lse_a, lse_b)
+
+
+def nan_to_num(*parts):
+    out, lse = textbook(*parts)
+    return out.nan_to_num(), lse
+
+
+def where_not_nan(*parts):
+    out, lse = textbook(*parts)
+    return torch.where(out.isnan(), 0, out), lse
+
+
+def all_nan_to_num(a, lse_a, b, lse_b):
+    return nan_to_num(a.nan_to_num(), lse_a, b.nan_to_num(), lse_b)
+
+
+def all_where(a, lse_a, b, lse_b):
+    a, b = (torch.where(lse[..., None] == -torch.inf, 0, x) for x, lse in ((a, lse_a), (b, lse_b)))
+    out, lse = textbook(a, lse_a, b, lse_b)
+    return torch.where(lse[..., None] == -torch.inf, 0, out), lse
+
+
+MERGES = {
+    "textbook": (textbook, "nan_weights_for_two_empties", "both", False),
+    "sigmoid": (sigmoid, "nan_weights_for_two_empties", "both", False),
+    "nan_to_num": (nan_to_num, "nan_made_zero", "nan", False),
+    "where_not_nan": (where_not_nan, "nan_made_zero", "nan", False),
+    "nan_to_num everywhere": (all_nan_to_num, "nan_gradients", "both", True),
+    "where everywhere": (all_where, "nan_gradients_of_lse", "both", True),
+}
+
+
+@pytest.mark.parametrize("name", MERGES)
+def test_the_ways_of_students_to_merge_nothing_are_named(name):
+    impl, like, empty, backward = MERGES[name]
+    failure = check(find("attention.merge"), impl).failure
+    assert (failure.like, failure.case["empty"], failure.case["backward"]) == (like, empty, backward)
+
+
+def gathered(q, keys, values, tables, lengths, *, scale=None, less=0, wide=None, interleave=False, columns=None):
+    """A decode step over all columns of the tables at once, hidden beyond each length."""
+    group, (block, d) = q.shape[1] // keys.shape[1], keys.shape[2:]
+    at = torch.arange(tables.shape[1] * block)
+    column, place = (at % tables.shape[1], at // tables.shape[1]) if interleave else (at // block, at % block)
+    column = column if columns is None else columns(at, tables.shape[1])
+    hidden = at >= lengths[:, None] - less
+    k, v = (x[tables[:, column].long(), :, place].masked_fill(hidden[..., None, None], 0) for x in (keys, values))
+    k, v = (x.transpose(1, 2).repeat_interleave(group, 1).to(wide or q.dtype) for x in (k, v))
+    scores = (k @ q.to(k.dtype)[..., None])[..., 0] * (d**-0.5 if scale is None else scale)
+    weights = torch.softmax(scores.masked_fill(hidden[:, None], -torch.inf), -1).nan_to_num()
+    return (weights[..., None, :] @ v)[..., 0, :].to(q.dtype)
+
+
+def changed(**options):
+    return lambda *x, scale=None: gathered(*x, scale=scale, **options)
+
+
+DECODES = {
+    "without the last token": (changed(less=1), "last_token_dropped"),
+    "column j % columns": (changed(columns=lambda j, n: j % n), "column_modulo"),
+    "blocks in turns": (changed(interleave=True), "columns_interleaved"),
+}
+
+
+def test_gathered_blocks_pass():
+    assert check(find("attention.paged"), changed()).passed
+
+
+@pytest.mark.parametrize("seed", [0, 1000, 2000])
+@pytest.mark.parametrize("name", DECODES)
+def test_the_ways_of_students_to_read_a_table_are_named(name, seed):
+    impl, like = DECODES[name]
+    failure = check(find("attention.paged"), impl, seed=seed).failure
+    assert failure.like == like
+
+
+def test_a_decode_in_float32_is_told_that_the_inputs_are_not():
+    failure = check(find("attention.paged"), changed(wide=torch.float32)).failure
+    assert (failure.case["dtype"], failure.like) == ("float64", None)
+    assert "as exact as float32, but the inputs are float64" in failure.message
+    only = replace(find("attention.paged"), cases=[failure.case])
+    assert "float32" not in check(only, changed(less=1)).failure.message
+
+
 OTHER = {
     "no lse": (lambda *x, return_lse=False, **o: naive.attention(*x, **o), "expected two tensors"),
     "a pair unasked": (lambda *x, **o: naive.attention(*x, **{**o, "return_lse": True}), "expected a tensor"),
@@ -275,6 +368,7 @@ OTHER = {
         lambda *x, **o: tuple(y.double() for y in naive.attention(*x, **{**o, "return_lse": True})),
         r"out is torch\.float64 for inputs of torch\.float32",
     ),
+    "merge in the other order": (lambda *x: textbook(*x)[::-1], r"returned \(lse, out\), expected \(out, lse\)"),
     "merge of three": (lambda a, b, c: a, "cannot be called as merge"),
     "merge gives out only": (lambda a, la, b, lb: a, r"expected two tensors \(out, lse\)"),
     "merge widens": (lambda a, la, b, lb: (a, la.double()), r"lse is torch\.float64, but that of the parts"),

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -1062,11 +1063,64 @@ def changed(**methods):
     return type("Changed", (Lists,), methods)
 
 
+def test_the_contract_accepts_whole_numbers_of_torch():
+    kind = changed(
+        table=lambda self, seq: torch.tensor(seq.blocks, dtype=torch.int32),
+        available=property(lambda self: torch.tensor(len(self.spare))),
+    )
+    verdict = check(find("attention.kv_cache"), kind)
+    assert verdict.passed, verdict
+
+
+class Nameless:
+    """All but what the rest of the engine would call."""
+
+    def __init__(self, blocks, block):
+        pool = Lists(blocks, block)
+        self.start, self.append, self.table = pool.start, pool.append, pool.table
+
+
+def returns(method, change):
+    """`Lists`, whose method returns something else than it should."""
+    return changed(**{method: lambda self, *given: change(self, getattr(Lists, method)(self, *given), *given)})
+
+
+def start_or_refuse(self, tokens):
+    """Refuses at once a prompt that there is no room for."""
+    if len(tokens) > len(self.spare) * self.block:
+        raise Full
+    return Lists.start(self, tokens)
+
+
 @pytest.mark.parametrize(
     ("impl", "message"),
     [
-        (changed(start=lambda self, tokens: object()), "a handle must have an int `length`, got None on a object"),
-        (changed(table=lambda self, seq: []), "has 0 blocks of 3: none for token 0"),
+        (Nameless, "an object of class Nameless has no fork, free, available; wanted is make(blocks, block) -> object"),
+        (
+            lambda blocks: Lists(blocks, 1),
+            "cannot be called as make(blocks, block) -> object with start(tokens) -> han",
+        ),
+        (lambda blocks, block: None, "None has no start, append, fork, free, table, available; wanted is make("),
+        (changed(available=lambda self: 3), "`available` is a method: make it a property, or an attribute"),
+        (changed(available=None), "`available` must be an int, how many blocks can be had, got None"),
+        (
+            returns("start", lambda self, seq, tokens: 7),
+            "start(tokens) must return a handle, an object with an int `le",
+        ),
+        (returns("start", lambda self, seq, tokens: None), "start(tokens) must return a handle, an object with an int"),
+        (
+            returns("fork", lambda self, new, seq: None),
+            "fork(seq) must return a handle, an object with an int `length`",
+        ),
+        (changed(start=lambda self, tokens: SimpleNamespace(length=list)), "the `length` of a handle is a method"),
+        (changed(start=lambda self, tokens: SimpleNamespace(length=1.0)), "of a handle must be an int, got 1.0"),
+        (changed(start=start_or_refuse), "start(tokens) raised OutOfBlocks, but it takes no free block"),
+        (returns("append", lambda self, copies, *_: 3), "append(seq, token) must return the copies to be made, a list"),
+        (returns("append", lambda self, copies, seq, _: (seq.blocks[-1], 0)), "[(from, to), …], or None, got (0, 0)"),
+        (returns("append", lambda self, copies, *_: ((0, 1), copies or [])), "or None, got ((0, 1), [])"),
+        (returns("append", lambda self, copies, *_: copies and copies[0]), "or None, got (1, 2)"),
+        (changed(table=lambda self, seq: None), "table(seq) must return a sequence's blocks in order, got None"),
+        (changed(table=lambda self, seq: []), "a reads [-2], expected [964] (−2: table(seq) has no block for it)"),
         (changed(table=lambda self, seq: [99] * 9), "blocks have numbers from 0 to 3, got 99"),
         (changed(append=lambda self, seq, token: None), "`length` counts the tokens, the new one too"),
         (
@@ -1080,6 +1134,50 @@ def test_other_mistakes_of_a_block_manager_are_told_plainly(impl, message):
     failure = check(find("attention.kv_cache"), impl).failure
     assert failure is not None
     assert message in failure.message, failure.message
+
+
+def taking(wants):
+    """A block is taken when `wants(tokens, room)`, before the new token is counted."""
+
+    def append(self, seq, token):
+        if wants(len(seq.tokens), len(seq.blocks) * self.block, self.block):
+            seq.blocks.append(self.take())
+        seq.tokens.append(token)
+
+    return changed(append=append)
+
+
+def counts_prompt(self, seq, tokens):
+    for token in tokens[len(seq.tokens) :]:
+        self.append(seq, token)
+    return seq
+
+
+@pytest.mark.parametrize(
+    ("impl", "like", "message"),
+    [
+        (taking(lambda n, room, block: n > room), "block_late", "reads [-2], expected [964] (−2: table(seq) has no bl"),
+        (taking(lambda n, room, block: n % block == 1), "block_late", "−2: table(seq) has no block for it"),
+        (taking(lambda n, room, block: n > room or n == 0), "block_late_after_first", "reads [964, 494, 876, -2], exp"),
+        (taking(lambda n, room, block: (n + 1) // block * block > room), "blocks_rounded_down", "−2: table(seq) has"),
+        (returns("start", counts_prompt), "prompt_counted", "a reads [-3], expected [964] (−3: never written)"),
+        (
+            returns("append", lambda self, copies, *_: copies and [pair[::-1] for pair in copies]),
+            "copy_backwards",
+            "478, 718] (−3: never written)",
+        ),
+    ],
+)
+def test_mistakes_of_students_are_named_whichever_block_they_take(impl, like, message):
+    class LastFirst(impl):
+        def __init__(self, blocks, block):
+            super().__init__(blocks, block)
+            self.spare.reverse()
+
+    for kind in (impl, LastFirst):
+        failure = check(find("attention.kv_cache"), kind).failure
+        assert failure.like == like, failure
+        assert message in failure.message, failure.message
 
 
 def test_every_mistake_in_the_books_is_named():
