@@ -1,7 +1,8 @@
 """The techniques of the library, found by reading source and importing nothing.
 
-A technique is a public module of a technique package (`mlsys/attention/flash.py`)
-that has a contract or a benchmark of its name; the others serve techniques.
+A technique is a public module of a technique package (`mlsys/attention/flash.py`),
+or a folder of modules (`mlsys/kernels/cuda/`), that has a contract or a benchmark of
+its name; the others serve techniques.
 `flash_numba.py`, `flash_triton.py` and `flash_cuda.py` beside `flash.py` are
 further backends of the same technique. Everything else is found by its place: the
 test in `tests/attention/test_flash.py`, the benchmark in
@@ -21,6 +22,7 @@ import importlib.util
 import os
 import re
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -58,6 +60,11 @@ class Backend:
     name: str
     source: Path
     devices: dict[str, str | None]
+
+    @property
+    def module(self) -> str:
+        """The name of its module, or of the folder that is one."""
+        return self.source.parent.name if self.source.stem == "__init__" else self.source.stem
 
     @property
     def unusable(self) -> str | None:
@@ -114,17 +121,17 @@ def find(name: str, package_root: Path = PACKAGE) -> Technique:
     everything = {}
     for technique in techniques(package_root):
         for backend in technique.backends:
-            everything[f"{technique.package}.{backend.source.stem}"] = technique
+            everything[f"{technique.package}.{backend.module}"] = technique
     return everything[resolve(name, everything)]
 
 
 def checkable(package_root: Path = PACKAGE) -> list[str]:
     """The names that have a contract: techniques, and faster backends of them ("attention.flash_triton")."""
     return [
-        f"{technique.package}.{backend.source.stem}"
+        f"{technique.package}.{backend.module}"
         for technique in techniques(package_root)
         for backend in technique.backends
-        if backend.source.stem in contracted(technique.package, package_root)
+        if backend.module in contracted(technique.package, package_root)
     ]
 
 
@@ -166,8 +173,9 @@ def dotted(path: Path, package_root: Path = PACKAGE) -> str:
 
 def read(path: Path, package_root: Path = PACKAGE) -> Technique | None:
     """The technique whose readable version is this file, or None: a helper, a backend, or a private module."""
-    package, technique = path.parent.name, path.stem
-    if technique.startswith("_") or path.parent.parent != package_root or base(path):
+    place = path.parent if path.stem == "__init__" else path.with_suffix("")  # a technique may be a folder
+    package, technique = place.parent.name, place.name
+    if technique.startswith("_") or place.parent.parent != package_root or base(path):
         return None
     tree = head(path)
     doc = ast.get_docstring(tree) or ""
@@ -188,7 +196,7 @@ def read(path: Path, package_root: Path = PACKAGE) -> Technique | None:
         papers=tuple(papers),
         backends=tuple(backends),
         source=path,
-        test=_existing(checkout / "tests" / package / f"test_{technique}.py"),
+        test=_existing(checkout / "tests" / package / f"test_{technique}.py", checkout / "tests" / package / technique),
         benchmark=_existing(
             checkout / "benchmarks" / package / f"{technique}.py", shipped / package / f"{technique}.py"
         ),
@@ -217,12 +225,13 @@ def _page(folder: Path, technique: str) -> Path | None:
 
 
 def _existing(*paths: Path) -> Path | None:
-    return next((path for path in paths if path.is_file()), None)
+    return next((path for path in paths if path.exists()), None)
 
 
 def _backend(path: Path, tree: ast.Module) -> tuple[str, Path, dict[str, str | None]]:
     """What the readable version of a technique is written in: torch if it imports it, else NumPy or plain Python."""
-    roots = {name.partition(".")[0] for name in imports(tree)}
+    trees = [head(part) for part in path.parent.glob("*.py")] if path.stem == "__init__" else [tree]
+    roots = {name.partition(".")[0] for each in trees for name in imports(each)}
     name = next((name for name in ("torch", "numpy") if name in roots), "python")
     return name, path, devices(name)
 
@@ -310,12 +319,22 @@ def devices(backend: str) -> dict[str, str | None]:
             return {"cpu": _missing("triton")}
         return {"cuda": _missing("triton") or no_nvidia_driver()}
     if backend == "cuda":
-        return {"cuda": _missing("torch") or no_nvidia_driver() or _torch_without_cuda()}
+        missing = _missing("torch")
+        return {"cpu": missing or _no_compiler(), "cuda": missing or no_nvidia_driver() or _torch_without_cuda()}
     return {"cpu": None}
 
 
 def _missing(module: str) -> str | None:
     return None if importlib.util.find_spec(module) else f"{module} is not installed"
+
+
+def _no_compiler() -> str | None:
+    """Why CUDA kernels cannot run on the processor here (`mlsys.kernels.cuda`)."""
+    if not sys.platform.startswith("linux"):
+        return "under Linux only"
+    wanted = os.environ.get("CXX")
+    found = any(shutil.which(name) for name in ([wanted] if wanted else ["g++", "clang++"]))
+    return None if found else "no C++ compiler found"
 
 
 def no_nvidia_driver() -> str | None:

@@ -60,6 +60,20 @@ def test_finds_the_techniques_and_nothing_else(tree):
     assert [technique.name for technique in found] == ["attention.flash", "retrieval.rank_numba"]
 
 
+def test_a_technique_may_be_a_folder(tree):
+    folder = tree / "mlsys/attention/ring"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(FLASH.replace("import torch", ""))
+    (folder / "_steps.py").write_text("import torch\n")
+    (tree / "benchmarks/attention/ring.py").write_text("")
+    (tree / "tests/attention/ring").mkdir()
+    ring = catalog.find("ring", tree / "mlsys")
+    assert ring.name == "attention.ring"
+    assert ring.source == folder / "__init__.py"
+    assert ring.test == tree / "tests/attention/ring"
+    assert [backend.name for backend in ring.backends] == ["torch"]
+
+
 def test_what_a_docstring_says(tree):
     flash = catalog.find("flash", tree / "mlsys")
     assert flash.idea == "Exact attention in tiles: the online softmax"
@@ -185,11 +199,12 @@ def machine(monkeypatch):
     """Say what this machine has; asked afresh before and after."""
     catalog.devices.cache_clear()
 
-    def has(*, driver, installed, built_with_cuda=True):
+    def has(*, driver, installed, built_with_cuda=True, compiler=True):
         monkeypatch.setattr(catalog, "no_nvidia_driver", lambda: None if driver else "no NVIDIA driver found")
         missing = lambda name: None if name in installed else f"{name} is not installed"  # noqa: E731
         monkeypatch.setattr(catalog, "_missing", missing)
         monkeypatch.setattr(catalog, "_torch_without_cuda", lambda: None if built_with_cuda else "built without CUDA")
+        monkeypatch.setattr(catalog, "_no_compiler", lambda: None if compiler else "no C++ compiler found")
 
     yield has
     catalog.devices.cache_clear()
@@ -208,7 +223,12 @@ def machine(monkeypatch):
         ({"driver": True, "installed": []}, "numba", {"cpu": "numba is not installed"}),
         ({"driver": False, "installed": ["triton"]}, "triton", {"cuda": "no NVIDIA driver found"}),
         ({"driver": True, "installed": []}, "triton", {"cuda": "triton is not installed"}),
-        ({"driver": True, "installed": ["torch"]}, "cuda", {"cuda": None}),
+        ({"driver": True, "installed": ["torch"]}, "cuda", {"cpu": None, "cuda": None}),
+        (
+            {"driver": True, "installed": ["torch"], "compiler": False},
+            "cuda",
+            {"cpu": "no C++ compiler found", "cuda": None},
+        ),
         ({"driver": False, "installed": []}, "python", {"cpu": None}),
     ],
 )

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     technique = catalog.find(args.name)
     if args.source:
         module = args.name.rpartition(".")[2]  # "flash_triton" asks for that backend's source
-        source = next((b.source for b in technique.backends if b.source.stem == module), technique.source)
+        source = next((b.source for b in technique.backends if b.module == module), technique.source)
         print(source.read_text(encoding="utf-8"), end="")
     else:
         print(page(technique))
