@@ -22,6 +22,7 @@ COMMANDS = {
     "show": "a technique's idea, contract, files and backends",
     "check": "run a technique's contract on an implementation, yours or the library's",
     "bench": "time techniques beside the reference and the production peer",
+    "cuda": "run, check or profile a CUDA kernel file on this machine, without a GPU",
     "search": "search the documentation of the Python you run (retrieval.bm25 at work)",
     "cost": "what training, serving or an all-reduce should cost, every formula with its numbers",
     "roofline": "place measured records under the roof of their machine, or of a published one",

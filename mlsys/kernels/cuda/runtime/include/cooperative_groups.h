@@ -1,0 +1,3 @@
+// Groups of threads: see mlsys_groups.h.
+#pragma once
+#include "mlsys_groups.h"

@@ -1,0 +1,3 @@
+// bfloat16: see mlsys_half.h.
+#pragma once
+#include "mlsys_half.h"

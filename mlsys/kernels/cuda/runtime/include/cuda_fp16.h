@@ -1,0 +1,3 @@
+// half: see mlsys_half.h.
+#pragma once
+#include "mlsys_half.h"

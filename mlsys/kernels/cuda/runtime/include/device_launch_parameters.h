@@ -1,0 +1,3 @@
+// See mlsys_cuda.h.
+#pragma once
+#include "mlsys_cuda.h"
