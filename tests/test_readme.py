@@ -14,16 +14,17 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
 COMMANDS = [line.partition("#")[0].strip() for kind, body in BLOCKS if kind == "sh" for line in body.splitlines()]
 PYTHON = [body for kind, body in BLOCKS if kind == "python"]
-EXPECTED_STATUS = {
-    "mlsys check attention.flash my_attention.py:my_flash": 1
-}  # the README's example is wrong on purpose
+EXPECTED_STATUS = {  # the README's examples are wrong on purpose
+    "mlsys check attention.flash my_attention.py:my_flash": 1,
+    "mlsys cuda check my_sum.cu --grid 4 --block 256 --size x=1024,out=4": 1,
+}
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """An empty folder with the README's example file in it."""
-    for body in PYTHON:
-        named = re.match(r"# (\w+\.py)\n", body)
+    """An empty folder with the README's example files in it."""
+    for _, body in BLOCKS:
+        named = re.match(r"(?:#|//) (\w+\.(?:py|cu))\n", body)
         if named:
             (tmp_path / named[1]).write_text(body)
     return tmp_path

@@ -11,9 +11,16 @@ __all__ = ["Claim", "Reproduced", "all_claims", "as_markdown", "reproduce", "row
 
 def all_claims() -> list[Claim]:
     """Every claim, in the order of the packages."""
-    from mlsys.claims import attention, models, parallel, perf, retrieval
+    from mlsys.claims import attention, kernels, models, parallel, perf, retrieval
 
-    return [*perf.CLAIMS, *parallel.CLAIMS, *attention.CLAIMS, *models.CLAIMS, *retrieval.CLAIMS]
+    return [
+        *perf.CLAIMS,
+        *parallel.CLAIMS,
+        *kernels.CLAIMS,
+        *attention.CLAIMS,
+        *models.CLAIMS,
+        *retrieval.CLAIMS,
+    ]
 
 
 def rows(done: Sequence[Reproduced]) -> list[dict[str, str]]:

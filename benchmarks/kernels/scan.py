@@ -1,0 +1,54 @@
+"""Prefix sums: how often does each rung pass over the numbers?
+
+On a GPU every rung is timed beside torch's cumsum (which is cub's scan there) with a cold L2, and held against the
+bandwidth of a copy. On a processor nothing is timed: what each rung asks of the memory is counted.
+
+What to look at: the first two rungs move twice the least, the one that looks back the least itself; work in shared
+memory is log2(n) passes in the first and a constant in the others.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mlsys.bench import Work
+from mlsys.bench.core import Case, Size
+from mlsys.bench.ladder import ladder
+from mlsys.kernels import scan, scan_cuda
+
+
+def case(rung: str, n: int) -> Case:
+    return {"rung": rung, "n": n, "dtype": "float32"}
+
+
+def inputs(case: Case, device: str) -> dict[str, Any]:
+    generator = torch.Generator(device).manual_seed(case["n"])
+    return {"x": torch.randn(case["n"], generator=generator, device=device) + 1}
+
+
+def work(case: Case, given: dict[str, Any]) -> Work:
+    return Work(flops=case["n"] - 1, bytes=8 * case["n"], items=8 * case["n"], unit="B")
+
+
+RUNGS = scan_cuda.VARIANTS
+CASES: dict[Size, list[Case]] = {
+    "quick": [case(rung, n) for n in (1 << 16, 1 << 24) for rung in RUNGS],
+    "default": [case(rung, n) for n in (1 << 18, 1 << 26) for rung in RUNGS],
+    "full": [case(rung, n) for n in (1 << 16, 1 << 18, 1 << 22, 1 << 26, 1 << 29) for rung in RUNGS],
+}
+bench = ladder(
+    __file__,
+    family="scan",
+    function=scan.scan,
+    launches=scan_cuda.launches,
+    cases=CASES,
+    inputs=inputs,
+    numbers=lambda case: int(case["n"]),
+    work=work,
+    allowed=1e-4,
+)
+
+if __name__ == "__main__":
+    bench.main()

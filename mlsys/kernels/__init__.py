@@ -1,0 +1,34 @@
+"""Kernels: one function, written again and again, each time a little faster, in CUDA that also runs without a GPU.
+
+    from mlsys.kernels import list_variants, matmul, select
+
+    matmul(a, b)                                # the fastest known here: torch on a CPU
+    matmul(a, b, variant="cuda.tiled")          # this kernel, on a GPU or on the processor
+    select("matmul", a, b)                      # which "auto" takes, and why
+
+A family's module can be called by its own name. Its kernels lie beside it, one rung of its ladder a file:
+`matmul.naive.cu`, `matmul.coalesced.cu`, …; each begins with what it changes and why.
+
+`cuda`      load a kernel file, run it, `check` it, count what it moves; for your own files, too.
+`matmul`    from one thread an element to TMA, wgmma and specialised warps.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from mlsys.kernels._variants import Chosen, families, list_variants, select
+
+__all__ = ["Chosen", "families", "list_variants", "select"]
+
+
+def __getattr__(name: str) -> Any:
+    """A family's module, imported when it is first used."""
+    if name in families():
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; its families: {', '.join(families())}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *families()])
