@@ -9,8 +9,16 @@
 A family's module can be called by its own name. Its kernels lie beside it, one rung of its ladder a file:
 `matmul.naive.cu`, `matmul.coalesced.cu`, …; each begins with what it changes and why.
 
-`cuda`      load a kernel file, run it, `check` it, count what it moves; for your own files, too.
-`matmul`    from one thread an element to TMA, wgmma and specialised warps.
+`cuda`       load a kernel file, run it, `check` it, count what it moves; for your own files, too.
+`matmul`     from one thread an element to TMA, wgmma and specialised warps.
+`reduction`  sums: through shared memory, by shuffles, four numbers a load.
+`scan`       prefix sums: in log n steps, in a tree, in a single pass over memory.
+`transpose`  reading and writing in whole sectors, with bank conflicts and without.
+`softmax`    three passes over a row, or two.
+`norm`       LayerNorm and RMSNorm: a block or a warp a row.
+`gelu`       fused with the bias before it, or not.
+`conv1d`     depthwise, causal: neighbours share what they load.
+`histogram`  atomics on global memory, and on a copy of each block's own.
 """
 
 from __future__ import annotations

@@ -205,7 +205,8 @@ def _ptx(ptx: str, mangled: str) -> tuple[str, str]:
     start = re.search(rf"\.entry\s+{re.escape(mangled)}\b", ptx)
     assert start is not None  # it was compiled under this name
     opening = ptx.index("{", start.end())
-    closing = re.compile(r"^}", re.MULTILINE).search(ptx, opening)
+    # to the next function: a "}" may be that of inline assembly
+    closing = re.compile(r"^(?:\.\w+\s+)*\.(?:entry|func)\b", re.MULTILINE).search(ptx, opening)
     body = ptx[opening : closing.start() if closing else len(ptx)]
     return ptx[start.start() : opening], re.sub(r"//[^\n]*", "", body)
 

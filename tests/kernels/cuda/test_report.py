@@ -419,3 +419,8 @@ def test_instances_of_a_file():
         _targets.instances(both.replace("f<1, float>, g", "h<3>"))
     with pytest.raises(ValueError, match="the file has no kernels"):
         _targets.instances("int x;\n")
+
+
+def test_braces_of_inline_assembly_end_no_kernel():
+    (hopper,) = compile_report("matmul.hopper", "sm_90a")
+    assert dict(hopper.instructions)["wgmma"] > 0

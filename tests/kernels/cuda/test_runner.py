@@ -285,18 +285,20 @@ def test_a_kernel_that_fails_is_stopped_and_the_next_one_runs(kernels, name, kin
     assert y.tolist() == [299] * 3
 
 
-def test_two_python_threads_launch_at_once(kernels):
-    x = torch.arange(2000.0)
+def test_python_threads_launch_at_once(kernels):
+    x = torch.arange(100_000.0)
 
     def launch(n):
-        y, z = zeros(4), zeros(128, dtype=INT)
-        for _ in range(20):
-            kernels["maximum"](4, 128, x, y, n)
+        for _ in range(10):  # long enough for all to be under way together
+            y, z = zeros(8), zeros(128, dtype=INT)
+            kernels["maximum"](8, 128, x, y, n)
             kernels["index"](4, 32, z)
-        return y.tolist() == [n - 1] * 4 and z.tolist() == list(range(128))
+            if y.tolist() != [n - 1] * 8 or z.tolist() != list(range(128)):
+                return False
+        return True
 
     with ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(launch, [500, 1000, 1500, 2000]))
+        assert all(pool.map(launch, [70_000, 80_000, 90_000, 100_000]))
 
 
 def test_a_failure_in_one_thread_leaves_a_launch_in_another_alone(kernels):
