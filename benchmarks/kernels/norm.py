@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm: a block a row or a warp a row, and what a second pass costs.
+"""LayerNorm and RMSNorm: a block a row or a warp a row, and what does a second pass cost?
 
 On a GPU every rung is timed beside torch's layer_norm and rms_norm with a cold L2, and held against the bandwidth
 of a copy. On a processor nothing is timed: what each rung asks of the memory is counted.

@@ -52,7 +52,7 @@ def test_times_saves_and_reports(capsys, tmp_path, monkeypatch):
 
     bench = find.load("attention.flash")
     monkeypatch.setattr(find, "names", lambda: ["attention.flash"])
-    monkeypatch.setattr(bench.__class__, "select", lambda self, size, dtypes=None: [self.cases["quick"][0]])
+    monkeypatch.setattr(bench.__class__, "select", lambda self, size, *_: [self.cases["quick"][0]])
     results, report = tmp_path / "results", tmp_path / "report"
     arguments = ["bench", "--quick", "--save", "--results", str(results), "--report", str(report)]
     assert main(arguments) == 0
