@@ -17,7 +17,8 @@ def test_smallest_case_runs_and_agrees(name):
     bench = find.load(name)
     rows = run(bench, bench.select("quick")[:1], size="quick", smoke=True)
     assert {r.status for r in rows} <= {"smoke", "missing"}, [(r.impl, r.status, r.note) for r in rows]
-    assert {"reference", "ours", "peer"} <= {r.role for r in rows}
+    # where torch itself is the reference, as of a GPU's kernels, it is the production peer as well
+    assert {"reference", "ours"} | ({"peer"} if bench.reference != "torch" else set()) <= {r.role for r in rows}
     assert all((r.flops > 0 and r.bytes > 0) or r.items > 0 for r in rows)  # starting processes is no computation
 
 

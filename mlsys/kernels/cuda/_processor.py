@@ -75,6 +75,14 @@ class Library:
         self.path, self.runtime = path, runtime
         self._copies: list[ctypes.CDLL] = []
         self._lock = threading.Lock()
+        self._busy = (os.getpid(), threading.Lock())
+
+    @property
+    def busy(self) -> threading.Lock:
+        """Held while it runs: another launch at the same time would write over the blocks' shared memory."""
+        if self._busy[0] != os.getpid():  # a fork: whoever held it is not there
+            self._busy = (os.getpid(), threading.Lock())
+        return self._busy[1]
 
     def copies(self, count: int) -> list[ctypes.CDLL]:
         """At least so many."""
@@ -143,14 +151,15 @@ def launch(
         )  # fmt: skip
         return int(getattr(libraries[i], f"mlsys_kernel_{number}")(ctypes.byref(record), args))
 
-    running = [_pool(os.getpid()).submit(work, i) for i in range(threads)]
-    try:
-        _wait(running, limit)
-    finally:
-        while wait(running, 0.005).not_done:  # time is up; a signal in the middle of the runtime is passed over: again
-            stop.value = 1
-            for worker in workers:
-                library.runtime.mlsys_stop(ctypes.c_uint64(worker))
+    with library.busy:
+        running = [_pool(os.getpid()).submit(work, i) for i in range(threads)]
+        try:
+            _wait(running, limit)
+        finally:
+            while wait(running, 0.005).not_done:  # time is up; a signal within the runtime is passed over: again
+                stop.value = 1
+                for worker in workers:
+                    library.runtime.mlsys_stop(ctypes.c_uint64(worker))
     for done in running:
         done.result()
     lines = []
