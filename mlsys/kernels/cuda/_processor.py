@@ -96,11 +96,15 @@ class Library:
             return self._copies[:count]
 
     def _share(self, copy: ctypes.CDLL, first: bool) -> None:
-        """Let all copies have the same `__device__` variables."""
+        """Let all copies have the same `__device__` variables, if there are any."""
+        copy.mlsys_module.restype = ctypes.c_void_p
+        module = copy.mlsys_module()
+        begin, end = (ctypes.c_size_t * 11).from_address(module)[9:]  # scheduler.h: device_lo, device_hi
+        if begin == end:
+            return
         if first:
             self._file = os.memfd_create("mlsys-device")
-        copy.mlsys_module.restype = ctypes.c_void_p
-        if self.runtime.mlsys_share(ctypes.c_void_p(copy.mlsys_module()), self._file, int(first)):
+        if self.runtime.mlsys_share(ctypes.c_void_p(module), self._file, int(first)):
             raise OSError("the __device__ variables of a kernel file could not be shared between cores: out of memory?")
 
     def signature(self, number: int) -> list[str]:
