@@ -463,17 +463,25 @@ static int stop_signal() { return SIGRTMIN + 6; }  // one for each runtime: its 
 static int stop_signal() { return SIGRTMIN + 5; }
 #endif
 
-static void install() {
-  pthread_mutex_lock(&lock);
+static struct sigaction handler() {
   struct sigaction act = {};
   act.sa_sigaction = on_signal;
   act.sa_flags = SA_SIGINFO | SA_ONSTACK;
+  return act;
+}
+
+// This one is there as long as the library: a stop may come before a worker has begun, or after it has ended, and would
+// kill the process.
+__attribute__((constructor)) static void hear_stops() {
+  struct sigaction act = handler();
+  sigaction(stop_signal(), &act, nullptr);
+}
+
+static void install() {
+  pthread_mutex_lock(&lock);
+  struct sigaction act = handler();
   if (users++ == 0)
     for (int s : caught) sigaction(s, &act, &before[s]);
-  // This one stays: it may be under way when a launch has ended, and would kill the process.
-  static bool stays = false;
-  if (!stays) sigaction(stop_signal(), &act, nullptr);
-  stays = true;
   pthread_mutex_unlock(&lock);
 }
 
