@@ -9,6 +9,7 @@ from functools import cache
 
 import numpy as np
 
+from mlsys.claims import _retrieval_hnsw, _retrieval_text, _retrieval_vectors
 from mlsys.claims.core import Claim
 
 KAMPHUIS = "Kamphuis et al. 2020, ECIR, doi:10.1007/978-3-030-45442-5_4, abstract and Table 2"
@@ -43,6 +44,7 @@ def significant_pairs(pairs: Sequence[tuple[str, str]]) -> int:
 
 
 CLAIMS = [
+    *_retrieval_vectors.CLAIMS,
     Claim(
         name="bm25-variants-alike",
         area="retrieval.bm25",
@@ -70,4 +72,6 @@ CLAIMS = [
         reason="both lift long documents, which helps where several long documents are relevant (newswire); a "
         "known-item query has one relevant document, usually short, and the lift puts long ones before it",
     ),
+    *_retrieval_hnsw.CLAIMS,
+    *_retrieval_text.CLAIMS,
 ]

@@ -10,7 +10,8 @@ queries are lists of lists of tokens, and the result is `(scores, ids)`, both
 - equal scores are ordered by id, smallest first;
 - a term that the query repeats counts each time;
 - `fit` replaces what an earlier `fit` built, an index can be searched again and
-  again, and indexes share nothing.
+  again, and indexes share nothing;
+- an object that has `add(documents)` too is then as if `fit` had been given all.
 
 The variants asked for are "lucene" and "okapi" (as in rank_bm25); their formulas
 are in `mlsys.retrieval.bm25`. Which of two documents comes first is not judged
@@ -38,8 +39,34 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from mlsys.contracts import (
+    _retrieval_exact,
+    _retrieval_fusion,
+    _retrieval_hnsw,
+    _retrieval_ivf,
+    _retrieval_late_interaction,
+    _retrieval_metrics,
+    _retrieval_pq,
+)
 from mlsys.contracts.core import Case, Contract, Inputs, Mismatch, Results, Wrong
-from mlsys.retrieval import bm25, bm25_numba
+from mlsys.retrieval import (
+    bm25,
+    bm25_numba,
+    exact,
+    exact_numba,
+    fusion,
+    hnsw,
+    hnsw_numba,
+    ivf,
+    ivf_numba,
+    ivfpq,
+    ivfpq_numba,
+    late_interaction,
+    late_interaction_numba,
+    metrics,
+    pq,
+    pq_numba,
+)
 
 Tokens = list[str]
 
@@ -71,6 +98,7 @@ class Plain:
 
     def fit(self, documents: list[Tokens]) -> Plain:
         """Count what the formulas need."""
+        self.documents = documents
         self.counts = [Counter(document) for document in documents]
         self.lengths = [len(set(document)) if self.distinct_length else len(document) for document in documents]
         self.average = sum(self.lengths) / len(documents)
@@ -82,6 +110,10 @@ class Plain:
             low = self.floor * sum(self.idf.values()) / len(self.idf)
             self.idf = {term: low if idf < 0 else idf for term, idf in self.idf.items()}
         return self
+
+    def add(self, documents: list[Tokens]) -> Plain:
+        """Count all documents again."""
+        return self.fit([*self.documents, *documents])
 
     def _idf(self, n: int, df: int) -> float:
         odds = (n - df + 0.5) / (df + 0.5)
@@ -124,6 +156,25 @@ class Appending(Plain):
         """Count all documents that this index was ever given."""
         self.seen = [*getattr(self, "seen", []), *documents]
         return super().fit(self.seen)
+
+
+class Stale(Plain):
+    """Wrong: what depends on all documents stays as `fit` left it."""
+
+    def add(self, documents: list[Tokens]) -> Plain:
+        """Count the new documents; weigh only their new terms."""
+        idf, average = self.idf, self.average
+        super().add(documents)
+        self.idf, self.average = {**self.idf, **idf}, average
+        return self
+
+
+class Replacing(Plain):
+    """Wrong: `add` forgets what was there."""
+
+    def add(self, documents: list[Tokens]) -> Plain:
+        """Fit."""
+        return self.fit(documents)
 
 
 class Repeating(Plain):
@@ -249,6 +300,8 @@ CASES = [
     {"corpus": "random words", "k": 5, "variant": "lucene", "k1": 1.5, "b": 0.75, "use": "fit again"},
     {"corpus": "random words", "k": 5, "variant": "lucene", "k1": 1.5, "b": 0.75, "use": "two indexes"},
     {"corpus": "many documents and words", "k": 10, "variant": "lucene", "k1": 1.5, "b": 0.75},
+    {"corpus": "random words", "k": 5, "variant": "lucene", "k1": 1.5, "b": 0.75, "use": "add"},
+    {"corpus": "few hits, unknown words", "k": 5, "variant": "okapi", "k1": 1.5, "b": 0.75, "use": "add"},
 ]
 
 
@@ -264,6 +317,12 @@ def call(make: Callable[..., Any], inputs: Inputs) -> Results:
         index.fit(inputs["documents"])
         other.fit(inputs["others"])
         other.search(queries, k)
+    elif use == "add" and hasattr(index, "add"):
+        parts = (inputs["documents"][part] for part in (slice(0, 20), slice(20, 21), slice(21, None)))
+        index.fit(next(parts))
+        index.search(queries, k)
+        for part in parts:
+            index.add(part)
     else:
         index.fit(inputs["documents"])
     if use == "search again":
@@ -364,6 +423,10 @@ WRONG = {
     ),
     "answers_as_before": Wrong(Repeating, "each search answers its own queries: keep nothing of the one before"),
     "fit_adds": Wrong(Appending, "fit replaces what an earlier fit built: start from nothing in it"),
+    "added_to_old_weights": Wrong(
+        Stale, "idf and the average length are of all documents: after `add`, compute them and all impacts anew"
+    ),
+    "add_replaces": Wrong(Replacing, "`add` keeps the documents that are there; the new ones get the ids that follow"),
     "shared_state": Wrong(
         Sharing, "two indexes share nothing: keep what fit builds in the object, not in the class or the module"
     ),
@@ -391,4 +454,22 @@ _BM25 = Contract(
 CONTRACTS = {
     "bm25": _BM25,
     "bm25_numba": replace(_BM25, name="retrieval.bm25_numba", reference=bm25_numba.BM25),
+    "exact": _retrieval_exact.contract("retrieval.exact", exact.Exact),
+    "exact_numba": _retrieval_exact.contract("retrieval.exact_numba", exact_numba.Exact),
+    "ivf": _retrieval_ivf.contract("retrieval.ivf", ivf.IVF),
+    "ivf_numba": _retrieval_ivf.contract("retrieval.ivf_numba", ivf_numba.IVF),
+    "pq": _retrieval_pq.contract("retrieval.pq", pq.PQ),
+    "pq_numba": _retrieval_pq.contract("retrieval.pq_numba", pq_numba.PQ),
+    "ivfpq": _retrieval_pq.contract("retrieval.ivfpq", ivfpq.IVFPQ),
+    "ivfpq_numba": _retrieval_pq.contract("retrieval.ivfpq_numba", ivfpq_numba.IVFPQ),
+    "hnsw": _retrieval_hnsw.contract("retrieval.hnsw", hnsw.HNSW),
+    "hnsw_numba": _retrieval_hnsw.contract("retrieval.hnsw_numba", hnsw_numba.HNSW, fast=True),
+    "fusion": _retrieval_fusion.contract("retrieval.fusion", fusion.reciprocal_rank),
+    "late_interaction": _retrieval_late_interaction.contract(
+        "retrieval.late_interaction", late_interaction.LateInteraction
+    ),
+    "late_interaction_numba": _retrieval_late_interaction.contract(
+        "retrieval.late_interaction_numba", late_interaction_numba.LateInteraction
+    ),
+    "metrics": _retrieval_metrics.contract("retrieval.metrics", metrics.evaluate),
 }

@@ -118,7 +118,9 @@ def _manifest(path: Path, kind: str) -> dict[str, Any]:
     if manifest.pop("checksum") != _checksum(manifest):
         raise IndexFileError(f"{file} has a wrong checksum; it is damaged, or was edited by hand: save the index again")
     if manifest["kind"] != kind:
-        raise IndexFileError(f"{file} holds a {manifest['kind']!r} index, expected {kind!r}")
+        same = manifest["kind"].partition("/")[0] == kind.partition("/")[0]
+        remedy = ": saved by another version of mlsys; index the documents again" if same else ""
+        raise IndexFileError(f"{file} holds a {manifest['kind']!r} index, expected {kind!r}{remedy}")
     return manifest
 
 

@@ -34,15 +34,29 @@ See also:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 from numba import njit
 
-from mlsys.retrieval import bm25
+from mlsys.retrieval import _bm25_columns, bm25
+from mlsys.retrieval._bm25_columns import Counts, weigh
+from mlsys.retrieval._heap_numba import push, sort
 
 Array = np.ndarray
 
 BLOCK = 16  # scores compared at once
 DENSE_FROM = 16  # a term in more than N / DENSE_FROM documents gets a dense row
+
+
+@dataclass(frozen=True)
+class Columns(_bm25_columns.Columns):
+    """The columns of `bm25`, and the rows of the terms that are in many documents."""
+
+    row_of: np.ndarray  # (n_terms,) int32: which row is the term's, or -1
+    rows: np.ndarray  # (n_rows, n_documents, rounded up to whole blocks) float32
 
 
 class BM25(bm25.BM25):
@@ -54,34 +68,31 @@ class BM25(bm25.BM25):
     def _postings(self, terms: np.ndarray, lengths: np.ndarray, n_terms: int) -> tuple[np.ndarray, ...]:
         return _count_postings(terms, lengths, n_terms)
 
-    def _rank(self, terms: np.ndarray, starts: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        scores = np.zeros((len(starts) - 1, k), np.float32)
+    def _rank(
+        self, columns: _bm25_columns.Columns, terms: np.ndarray, starts: np.ndarray, k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        assert isinstance(columns, Columns)
+        counts = columns.counts
+        distances = np.zeros((len(starts) - 1, k), np.float32)  # for the heap: a score with the other sign
         ids = np.full((len(starts) - 1, k), -1, np.int64)
-        postings = self.indptr_, self.indices_, self.impacts_
-        if self._positive:
-            _search(terms, starts, *postings, self._row_of, self._rows, scores, ids)
+        postings = counts.indptr, counts.indices, columns.impacts
+        if columns.positive:
+            _search(terms, starts, *postings, columns.row_of, columns.rows, distances, ids)
         else:
-            _search_any_sign(terms, starts, *postings, self.n_documents_, scores, ids)
-        return scores, ids
+            _search_any_sign(terms, starts, *postings, len(counts.lengths), distances, ids)
+        return 0 - distances, ids
 
-    def _adopt(
-        self,
-        vocabulary: dict[str, int],
-        n_documents: int,
-        average_length: float,
-        indptr: np.ndarray,
-        indices: np.ndarray,
-        impacts: np.ndarray,
-        absent: np.ndarray,
-    ) -> None:
-        super()._adopt(vocabulary, n_documents, average_length, indptr, indices, impacts, absent)
-        frequent = np.flatnonzero(np.diff(indptr) * DENSE_FROM > n_documents)
-        self._row_of = np.full(len(vocabulary), -1, np.int32)
-        self._row_of[frequent] = np.arange(len(frequent))
-        self._rows = np.zeros((len(frequent), -(-n_documents // BLOCK) * BLOCK), np.float32)
+    def _weighed(self, counts: Counts, parameters: Mapping[str, Any]) -> Columns:
+        columns = weigh(counts, parameters)
+        n = len(counts.lengths)
+        frequent = np.flatnonzero(np.diff(counts.indptr) * DENSE_FROM > n)
+        row_of = np.full(len(counts.indptr) - 1, -1, np.int32)
+        row_of[frequent] = np.arange(len(frequent))
+        rows = np.zeros((len(frequent), -(-n // BLOCK) * BLOCK), np.float32)
         for row, term in enumerate(frequent):
-            postings = slice(indptr[term], indptr[term + 1])
-            self._rows[row, indices[postings]] = impacts[postings]
+            postings = slice(counts.indptr[term], counts.indptr[term + 1])
+            rows[row, counts.indices[postings]] = columns.impacts[postings]
+        return Columns(**vars(columns), row_of=row_of, rows=rows)
 
 
 @njit(cache=True, nogil=True)
@@ -127,12 +138,12 @@ def _search(
     impacts: Array,
     row_of: Array,
     rows: Array,
-    best_scores: Array,
-    best_ids: Array,
+    distances: Array,
+    ids: Array,
 ) -> None:
-    """Fill best_scores and best_ids (n_queries, k). For positive impacts: a score of 0 is no hit."""
+    """Fill distances and ids (n_queries, k). For positive impacts: a score of 0 is no hit."""
     n_padded = rows.shape[1]
-    k = best_scores.shape[1]
+    k = distances.shape[1]
     scores = np.empty(n_padded, np.float32)
     for query in range(len(starts) - 1):
         scores[:] = 0
@@ -147,8 +158,7 @@ def _search(
                 for posting in range(indptr[term], indptr[term + 1]):
                     scores[indices[posting]] += impacts[posting]
 
-        heap_scores, heap_ids = best_scores[query], best_ids[query]
-        size = 0
+        nearest, found, size = distances[query], ids[query], 0
         bar = np.float32(0)  # what a score must exceed to enter
         for block in range(0, n_padded, BLOCK):
             highest = np.float32(0)
@@ -157,10 +167,10 @@ def _search(
             if highest > bar:
                 for document in range(block, block + BLOCK):
                     if scores[document] > bar:
-                        size = _push(heap_scores, heap_ids, size, scores[document], document)
+                        size = push(nearest, found, size, -scores[document], document)
                         if size == k:
-                            bar = heap_scores[0]
-        _sort(heap_scores, heap_ids, size)
+                            bar = -nearest[0]
+        sort(nearest[:size], found[:size])
 
 
 @njit(cache=True, nogil=True)
@@ -171,11 +181,11 @@ def _search_any_sign(
     indices: Array,
     impacts: Array,
     n_documents: int,
-    best_scores: Array,
-    best_ids: Array,
+    distances: Array,
+    ids: Array,
 ) -> None:
     """As `_search`, for impacts that may be 0 or negative: which documents matched is noted beside the scores."""
-    k = best_scores.shape[1]
+    k = distances.shape[1]
     scores = np.empty(n_documents, np.float32)
     matched_by = np.full(n_documents, -1, np.int64)  # the last query that matched
     for query in range(len(starts) - 1):
@@ -189,58 +199,8 @@ def _search_any_sign(
                     scores[document] = 0
                 scores[document] += impacts[posting]
 
-        heap_scores, heap_ids = best_scores[query], best_ids[query]
-        size = 0
+        nearest, found, size = distances[query], ids[query], 0
         for document in range(n_documents):
-            if matched_by[document] == query and (size < k or scores[document] > heap_scores[0]):
-                size = _push(heap_scores, heap_ids, size, scores[document], document)
-        _sort(heap_scores, heap_ids, size)
-
-
-@njit(cache=True, nogil=True)
-def _worse(score: float, document: int, other_score: float, other_document: int) -> bool:
-    return score < other_score or (score == other_score and document > other_document)
-
-
-@njit(cache=True, nogil=True)
-def _push(scores: Array, ids: Array, size: int, score: float, document: int) -> int:
-    """Add to the heap, whose top is its worst entry; if it is full, in place of that. Returns its new size."""
-    if size < len(scores):
-        at = size
-        while at > 0:  # up, past parents that are better
-            parent = (at - 1) >> 1
-            if not _worse(score, document, scores[parent], ids[parent]):
-                break
-            scores[at], ids[at] = scores[parent], ids[parent]
-            at = parent
-        scores[at], ids[at] = score, document
-        return size + 1
-    _replace_top(scores, ids, size, score, document)
-    return size
-
-
-@njit(cache=True, nogil=True)
-def _replace_top(scores: Array, ids: Array, size: int, score: float, document: int) -> None:
-    """Put an entry in place of the top of the first `size`, and let it sink below children that are worse."""
-    at = 0
-    while True:
-        child = 2 * at + 1
-        if child >= size:
-            break
-        if child + 1 < size and _worse(scores[child + 1], ids[child + 1], scores[child], ids[child]):
-            child += 1
-        if not _worse(scores[child], ids[child], score, document):
-            break
-        scores[at], ids[at] = scores[child], ids[child]
-        at = child
-    scores[at], ids[at] = score, document
-
-
-@njit(cache=True, nogil=True)
-def _sort(scores: Array, ids: Array, size: int) -> None:
-    """Turn the heap into a list, best first: take the worst off the top, and put it where the heap ended."""
-    for end in range(size - 1, 0, -1):
-        score, document = scores[0], ids[0]
-        last_score, last_document = scores[end], ids[end]
-        _replace_top(scores, ids, end, last_score, last_document)
-        scores[end], ids[end] = score, document
+            if matched_by[document] == query and (size < k or -scores[document] < nearest[0]):
+                size = push(nearest, found, size, -scores[document], document)
+        sort(nearest[:size], found[:size])

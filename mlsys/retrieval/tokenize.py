@@ -1,25 +1,37 @@
 """From text to terms: what counts as a word decides what a search can find.
 
 A tokenizer is a few choices, made alike for documents and queries: which
-characters form a word, whether case matters, which words carry no meaning, and,
-for program text, whether `ThreadPoolExecutor` is one word or four.
+characters form a word, whether case matters, which words carry no meaning,
+whether `copies` and `copied` are one word, and, for program text, whether
+`ThreadPoolExecutor` is one word or four.
 
-    "parseDate() of HTTPServer"  →  parsedate of httpserver                                (default)
-                                 →  parse date parsedate of http server httpserver         (split_identifiers)
+    "parseDate() of HTTPServers"  →  parsedate of httpservers                              (default)
+                                  →  parsed of httpserver                                  (stemmer="english")
+                                  →  parse date parsedate of http servers httpservers      (split_identifiers)
 
 With `split_identifiers` an identifier gives its parts and then itself, so that
 a search for the exact name still finds it, and finds it first.
 
+A stemmer cuts the endings off by a language's rules. What is left need not be a
+word (`directories` → `directori`); what matters is that a word's forms meet.
+Forms that should not meet sometimes do (`universe` and `university` → `univers`):
+a stemmer gains recall and loses some precision.
+
+`LUCENE` makes nearly the choices of Lucene's `EnglishAnalyzer`, on which most
+published BM25 figures rest: words joined by an apostrophe or a point are one
+(`don't`, `3.14`, `U.S.A`), a possessive 's goes, then stop words, then Porter's stemmer.
+
 Cost:
-    One regular-expression pass over the text: about linear in its characters.
+    One regular-expression pass over the text: about linear in its characters. A stemmer, in C, takes about as long.
 
 Memory:
     The list of tokens; equal tokens of one text are separate strings.
 
 Papers:
-    Manning, Raghavan & Schütze 2008, "Introduction to Information Retrieval", §2.2 (tokens, stop words, case).
-    The stop words are the 33 of Lucene's `EnglishAnalyzer`.
-    Porter 1980, "An algorithm for suffix stripping", Program 14(3), steps 1a and 1b (`stem`).
+    Manning, Raghavan & Schütze 2008, "Introduction to Information Retrieval", §2.2 (tokens, stop words, case, stems).
+    Porter 1980, "An algorithm for suffix stripping", Program 14(3) (the stemmer "porter").
+    Porter 2001, "Snowball: A language for stemming algorithms" (the others; "english" is his later revision).
+    Davis & Iancu, Unicode Standard Annex 29, rules WB6, WB7, WB11 and WB12 (what joins a word in `LUCENE`).
 
 See also:
     `bm25` (takes a tokenizer, or tokens made by any other).
@@ -27,9 +39,11 @@ See also:
 
 from __future__ import annotations
 
+import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 _LUCENE_STOPWORDS = (
     "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this "
@@ -37,9 +51,13 @@ _LUCENE_STOPWORDS = (
 )
 ENGLISH = frozenset(_LUCENE_STOPWORDS.split())
 
-_VOWEL = re.compile(r"[aeiouy]")
 # between lower and upper case (parse|Date), before the last capital of a run (HTTP|Server), and at underscores
 _BOUNDARY = re.compile(r"_+|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+
+_LETTER = r"[^\W\d_]"
+_JOIN = rf"(?:(?<={_LETTER})['’.:·](?={_LETTER})|(?<=\d)['’.,;](?=\d))"  # between letters, or between digits
+_END = rf"(?!\w|{_JOIN}\w)"
+_LUCENE_WORD = rf"(\w+(?:{_JOIN}\w+)*?)(?:['’][sS]{_END})?{_END}"
 
 
 @dataclass(frozen=True)
@@ -48,10 +66,12 @@ class Tokenizer:
 
     lowercase:         fold case (`str.lower`) before stop words are compared.
     pattern:           regular expression; each match is a token. With one group, the group is the token.
-    stopwords:         words to leave out: None, "english" (33 words), or a frozenset of your own.
+    stopwords:         words to leave out: None, "english" (Lucene's 33), another language ("german": the list of the
+                       package stop-words), or a frozenset of your own.
     split_identifiers: also give the parts of snake_case and camelCase names, before the whole name.
-    min_length:        leave out tokens with fewer characters.
-    stem:              cut English endings off, so that "parsed" and "parsing" find "parse" (see `stem`).
+    min_length:        leave out tokens with fewer characters, counted before stemming.
+    stemmer:           cut endings off, so that "copied" and "copies" meet: None, "english", "porter" (Lucene's),
+                       "german" and every other of the Snowball stemmers. They expect lower case.
 
     Raises TypeError or ValueError for an option that makes no tokenizer.
     """
@@ -61,11 +81,11 @@ class Tokenizer:
     stopwords: frozenset[str] | str | None = None
     split_identifiers: bool = False
     min_length: int = 1
-    stem: bool = False
+    stemmer: str | None = None
 
     def __post_init__(self) -> None:
         """Check the options."""
-        for name in ("lowercase", "split_identifiers", "stem"):
+        for name in ("lowercase", "split_identifiers"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.pattern, str):
@@ -78,10 +98,13 @@ class Tokenizer:
             raise ValueError(f"pattern {self.pattern!r} has {groups} groups; use at most one, and (?:…) for the others")
         if isinstance(self.stopwords, str):
             if self.stopwords != "english":
-                raise ValueError(f'stopwords must be None, "english" or a frozenset of words, got {self.stopwords!r}')
+                _known(
+                    "stopwords", self.stopwords, ["english", *_stop_word_languages()], "or give a frozenset of words"
+                )
         elif self.stopwords is not None and not isinstance(self.stopwords, frozenset):
             raise TypeError(
-                f'stopwords must be None, "english" or a frozenset of words, got a {type(self.stopwords).__name__}'
+                'stopwords must be None, a language such as "english" or a frozenset of words, '
+                f"got a {type(self.stopwords).__name__}"
             )
         elif self.stopwords and not all(isinstance(word, str) for word in self.stopwords):
             raise TypeError("stopwords must hold only strings")
@@ -89,6 +112,12 @@ class Tokenizer:
             raise TypeError(f"min_length must be an integer, got {self.min_length!r}")
         if self.min_length < 1:
             raise ValueError(f"min_length must be at least 1, got {self.min_length}")
+        if self.stemmer is not None:
+            if not isinstance(self.stemmer, str):
+                raise TypeError(
+                    f'stemmer must be None or the name of one, such as "english" or "porter", got {self.stemmer!r}'
+                )
+            _known("stemmer", self.stemmer, stemmers(), "None is no stemming")
 
     @cached_property
     def _find(self) -> re.Pattern[str]:
@@ -96,8 +125,21 @@ class Tokenizer:
 
     @cached_property
     def _left_out(self) -> frozenset[str]:
-        words = ENGLISH if self.stopwords == "english" else frozenset(self.stopwords or ())
+        words = self.stopwords or frozenset()
+        if isinstance(words, str):
+            words = _stop_words(words)
         return frozenset(word.lower() for word in words) if self.lowercase else words
+
+    @cached_property
+    def _stem(self) -> Any:
+        import Stemmer
+
+        assert self.stemmer is not None
+        return Stemmer.Stemmer(self.stemmer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The options alone: a stemmer is a C object, which cannot be copied or sent; it is made again."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def __call__(self, text: str) -> list[str]:
         """The tokens of `text`, in order, with repetitions. TypeError if `text` is not a string."""
@@ -111,7 +153,18 @@ class Tokenizer:
         if self._left_out:
             tokens = [token for token in tokens if token not in self._left_out]
         tokens = [token for token in tokens if len(token) >= self.min_length]
-        return [stem(token) for token in tokens] if self.stem else tokens
+        if self.stemmer is None:
+            return tokens
+        shortest = 3 if self.stemmer == "porter" else 1  # Porter's own program, and Lucene's, leave "us" and "s" alone
+        stems = self._stem.stemWords(tokens)
+        return [stem if stem and len(token) >= shortest else token for token, stem in zip(tokens, stems, strict=True)]
+
+
+def stemmers() -> list[str]:
+    """The names that `stemmer` takes, some thirty languages and "porter"."""
+    import Stemmer
+
+    return sorted(Stemmer.algorithms())
 
 
 def split_identifier(name: str) -> list[str]:
@@ -123,24 +176,25 @@ def split_identifier(name: str) -> list[str]:
     return [name] if len(parts) < 2 else [*parts, name]
 
 
-def stem(word: str) -> str:
-    """An English word without plural -s, -ed, -ing and final -e: "copies", "copied" → "copy", "parsing" → "pars".
+def _stop_word_languages() -> list[str]:
+    import stop_words
 
-    Nearly the first step of Porter's algorithm, and of its last the final -e. What comes out need not be a word; what
-    matters is that a word's forms meet. Words of three letters or fewer stay as they are.
-    """
-    if len(word) <= 3:
-        return word
-    if word.endswith(("ies", "ied")) and len(word) > 4:
-        return word[:-3] + "y"
-    if word.endswith("sses"):
-        word = word[:-2]
-    elif word.endswith("s") and not word.endswith(("ss", "us", "is")):
-        word = word[:-1]
-    for ending in ("ed", "ing"):
-        rest = word.removesuffix(ending)
-        if rest != word and len(rest) > 2 and _VOWEL.search(rest):
-            doubled = rest[-1] == rest[-2] and rest[-1] not in "aeioulsz"
-            word = rest[:-1] if doubled else rest
-            break
-    return word[:-1] if word.endswith("e") and len(word) > 3 else word
+    return sorted({*stop_words.LANGUAGE_MAPPING.values()} - {"english"})
+
+
+def _stop_words(language: str) -> frozenset[str]:
+    if language == "english":
+        return ENGLISH
+    import stop_words
+
+    return frozenset(stop_words.get_stop_words(language))
+
+
+def _known(option: str, name: str, names: list[str], otherwise: str) -> None:
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        meant = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"{option}: there is none called {name!r}; {meant}known are {', '.join(names)}; {otherwise}")
+
+
+LUCENE = Tokenizer(pattern=_LUCENE_WORD, stopwords="english", stemmer="porter")  # nearly Lucene's EnglishAnalyzer

@@ -64,7 +64,7 @@ def test_equals_numpy_with_many_ties(corpus, queries, variant, data):
 
 def test_frequent_and_rare_terms_take_both_ways():
     index = bm25_numba.BM25().fit(zipf_corpus(0, 500))
-    dense = index._row_of >= 0
+    dense = index._columns().row_of >= 0
     assert dense.any()
     assert not dense.all()
     frequency = np.diff(index.indptr_)

@@ -1,0 +1,94 @@
+"""The HNSW contract accepts both references, and rejects and names every wrong variant."""
+
+import numpy as np
+import pytest
+
+from mlsys.contracts._retrieval_hnsw import CASES, DATA, inputs, oracle
+from mlsys.contracts.core import check
+from mlsys.contracts.retrieval import CONTRACTS
+from mlsys.retrieval import hnsw, hnsw_numba
+
+CONTRACT = CONTRACTS["hnsw_numba"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_accepts_the_compiled_one(seed):
+    verdict = check(CONTRACT, hnsw_numba.HNSW, seed=100 * seed)
+    assert verdict.passed, str(verdict)
+
+
+def test_accepts_the_readable_one():
+    verdict = check(CONTRACTS["hnsw"], hnsw.HNSW)
+    assert verdict.passed, str(verdict)
+
+
+@pytest.mark.parametrize("seed", [0, 50])
+@pytest.mark.parametrize("name", sorted(CONTRACT.wrong))
+def test_rejects_and_names_the_wrong_variant(name, seed):
+    failure = check(CONTRACT, CONTRACT.wrong[name].impl, seed=seed).failure
+    assert failure
+    assert failure.like == name, str(failure)
+
+
+class Bare:
+    """No graph, no removal, no filter: brute force, which is right."""
+
+    def __init__(self, *, metric, M, ef_construction, seed):
+        self.metric = metric
+
+    def fit(self, x):
+        self.x = x
+
+    def search(self, queries, k, ef):
+        drawn = {"x": self.x, "queries": queries, "others": self.x[:0], "gone": [], "k": k, "use": None}
+        answer = oracle({**drawn, "allowed": np.ones(len(self.x), bool), "metric": self.metric})["answer"]
+        return answer[..., 0], answer[..., 1].astype(int)
+
+
+def test_what_an_object_has_not_is_not_missed():
+    verdict = check(CONTRACTS["hnsw"], Bare)
+    assert verdict.passed, str(verdict)
+
+
+class Swapped(Bare):
+    def search(self, queries, k, ef):
+        return super().search(queries, k, ef)[::-1]
+
+
+class Alone(Bare):
+    def search(self, queries, k, ef):
+        return super().search(queries, k, ef)[1]
+
+
+class Greedy(Bare):
+    def fit(self, x):
+        x += 1
+        super().fit(x)
+
+
+class Twice(Bare):
+    def search(self, queries, k, ef):
+        distances, ids = super().search(queries, k, ef)
+        return distances[:, [0, 0, *range(1, k - 1)]], ids[:, [0, 0, *range(1, k - 1)]]
+
+
+@pytest.mark.parametrize(
+    ("impl", "message"),
+    [
+        (Swapped, r"the order is \(distances, ids\)"),
+        (Alone, r"expected the tuple \(distances, ids\)"),
+        (Greedy, "modified its argument x"),
+        (Twice, "returned twice"),
+        (lambda metric: None, "cannot be called as make"),
+    ],
+)
+def test_rejects_what_is_no_index(impl, message):
+    failure = check(CONTRACTS["hnsw"], impl).failure
+    assert message.replace("\\", "") in failure.message
+
+
+def test_inputs_are_the_same_for_the_same_seed():
+    for case in CASES:
+        for a, b in zip(inputs(case, 3, "cpu").values(), inputs(case, 3, "cpu").values(), strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert {case["data"] for case in CASES} == set(DATA)
