@@ -1,0 +1,249 @@
+"""Running quantized: how much faster is a product with weights of 8 and 4 bits, and on which path?
+
+M rows of x are multiplied with a matrix of N = K = 4096 and with one that is not square; one case a format, since
+each is a product of its own. The weights of several layers are gone through in turn, as a model does: what a cache
+still holds of the last product is of no use, and at M = 1 the bytes of the weights decide.
+
+"dequantize" writes blocks of Ŵ out and multiplies; "x in int8" rounds x, too. The peers are a product in
+bfloat16, torch's kernels for int8 and int4 (with x in bfloat16, what they are made for), and torchao as its users
+have it: int8 weights, and int8 weights and activations, eager, and at M = 1 compiled
+(of large matrices only: compiling takes longer than a quick run).
+All are checked against Ŵ in float64: those in bfloat16, or with x rounded, to what their roundings allow.
+
+What to look at: at M = 1 the time follows the bytes, so that int4 could be 32 / 4.3 times as fast as float32; decoding
+takes its share. From M = 16 on the multiply-adds, the same in all formats, take the time, and the advantage is small,
+but for integer activations: their products are a fourth of the work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlsys.bench import Benchmark, Impl, Plot, Work
+from mlsys.quant import PreparedWeight, QuantizedTensor, Scheme, prepare, quantize
+from mlsys.quant.qlinear import qlinear
+
+Case = Mapping[str, Any]
+CACHED = 96 << 20  # bytes of codes that no cache holds
+FORMATS = ("int8", "int4:g128", "nf4", "mxfp4", "nvfp4")
+ROUNDED = 3e-2  # an error relative to the largest result
+
+
+def case(m: int, scheme: str, n: int = 4096, k: int = 4096) -> Case:
+    return {"m": m, "n": n, "k": k, "scheme": scheme}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Rows of x, and the same weight for several layers, each in memory of its own."""
+
+    case: Case
+    x: Tensor
+    w: Tensor
+    qw: list[QuantizedTensor]
+
+    @property
+    def layers(self) -> int:
+        """How many products a call makes."""
+        return len(self.qw)
+
+
+def inputs(case: Case, device: str) -> Inputs:
+    generator = torch.Generator(device).manual_seed(case["n"])
+    n, k = case["n"], case["k"]
+    w = torch.randn(n, k, generator=generator, device=device) * k**-0.5
+    x = torch.randn(case["m"], k, generator=generator, device=device)
+    qw = quantize(w, case["scheme"])
+    # With many rows of x a product takes so long that what a cache holds of the weights does not matter
+    layers = max(1, min(12, CACHED // qw.nbytes)) if case["m"] <= 16 and n * k > 1 << 20 else 1
+    return Inputs(case, x, w, [dataclasses.replace(qw, codes=qw.codes.clone()) for _ in range(layers)])
+
+
+def work(case: Case, given: Inputs) -> Work:
+    """The operations of one row with each weight, and the bytes that stand for the weights; of all layers."""
+    flops = 2 * case["m"] * case["n"] * case["k"] * given.layers
+    moved = given.qw[0].nbytes + 4 * case["m"] * (case["n"] + case["k"])
+    return Work(flops, moved * given.layers, items=case["m"] * given.layers, unit="rows")
+
+
+# --- who does it: a function of the inputs that returns a function of x for each layer --------------------------------
+
+
+@dataclass(frozen=True)
+class Maker:
+    """One of ours or a peer: makes the products of all layers."""
+
+    layers: Callable[[Inputs], Sequence[Callable[[], Tensor]]]
+
+    def __call__(self, given: Inputs) -> Sequence[Callable[[], Tensor]]:
+        return self.layers(given)
+
+
+def ours(path: Any = "auto", activations: Any = None, dtype: torch.dtype = torch.float32) -> Maker:
+    def made(given: Inputs) -> Sequence[Callable[[], Tensor]]:
+        x = given.x.to(dtype)
+
+        def layer(w: PreparedWeight) -> Callable[[], Tensor]:
+            return lambda: qlinear(x, w, path=path, activations=activations)
+
+        return [layer(prepare(qw, path)) for qw in given.qw]
+
+    return Maker(made)
+
+
+def matmul(dtype: torch.dtype) -> Maker:
+    def made(given: Inputs) -> Sequence[Callable[[], Tensor]]:
+        x, w = given.x.to(dtype), given.qw[0].dequantize(dtype)
+
+        def layer(w: Tensor) -> Callable[[], Tensor]:
+            return lambda: torch.nn.functional.linear(x, w)
+
+        return [layer(w.clone()) for _ in range(min(4, given.layers))]
+
+    return Maker(made)
+
+
+def torchao(activations: bool, compiled: bool = False) -> Maker:
+    def made(given: Inputs) -> Sequence[Callable[[], Tensor]]:
+        from torchao import quantization
+
+        config: Any = (
+            quantization.Int8DynamicActivationInt8WeightConfig() if activations else quantization.Int8WeightOnlyConfig()
+        )
+        dtype = torch.float32 if activations else torch.bfloat16
+        x, layers = given.x.to(dtype), []
+        for _ in range(min(3, given.layers)):
+            linear = torch.nn.Linear(given.case["k"], given.case["n"], bias=False, dtype=dtype)
+            linear.weight = torch.nn.Parameter(given.w.to(dtype))
+            quantization.quantize_(linear, config)
+            layers.append(torch.compile(linear) if compiled else linear)
+
+        def layer(run: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+            def call() -> Tensor:
+                with torch.no_grad():
+                    return run(x)
+
+            return call
+
+        return [layer(linear) for linear in layers]
+
+    return Maker(made)
+
+
+def prepare_call(function: Any, case: Case, given: Inputs) -> Callable[[], Any]:
+    """A call makes the products of all layers; whoever holds fewer goes through them again. The last is the result."""
+    if isinstance(function, Maker):
+        layers = list(function(given))
+    else:
+        scheme = given.qw[0].scheme
+        group = scheme.group_size(case["k"])
+
+        def layer(qw: QuantizedTensor) -> Callable[[], Tensor]:
+            scale = qw.scales()
+            return lambda: function(
+                given.x, qw.codes, scale, qw.zero, None, bits=scheme.bits, group=group, activations=None
+            )
+
+        layers = [layer(qw) for qw in given.qw]
+
+    def call() -> Tensor:
+        for i in range(given.layers):
+            y = layers[i % len(layers)]()
+        return y
+
+    return call
+
+
+def verify(case: Case, given: Inputs, got: Tensor, want: Tensor) -> tuple[float, float]:
+    """Largest error of a result, relative to the largest number of the reference's.
+
+    Results in bfloat16 and those of rounded x err by their roundings; `figures` says how much.
+    """
+    error = float((got.float() - want.float()).abs().max() / want.abs().max())
+    return error, ROUNDED
+
+
+def figures(case: Case, given: Inputs, got: Tensor) -> dict[str, float]:
+    """How far the last product is from x Ŵᵀ in float64, relative to its size."""
+    want = given.x.double() @ given.qw[0].dequantize().double().T
+    return {"relative error": float((got.double() - want).norm() / want.norm())}
+
+
+def is_int8(case: Case) -> bool:
+    return case["scheme"] == "int8"
+
+
+def is_integer(case: Case) -> bool:
+    return case["scheme"].startswith("int")
+
+
+def large_int8(case: Case) -> bool:
+    """Not the quick cases: importing torchao takes longer than all of them."""
+    return is_int8(case) and case["n"] >= 4096
+
+
+def compiles(case: Case) -> bool:
+    return large_int8(case) and case["m"] == 1
+
+
+def packs(case: Case) -> bool:
+    scheme = Scheme.parse(case["scheme"])
+    return scheme.format == "int4" and scheme.group in (32, 64, 128, 256) and case["n"] % 16 == 0
+
+
+bench = Benchmark(
+    __file__,
+    cases={
+        "quick": [case(1, "int4:g128", 512, 768), case(1, "int8", 512, 768), case(16, "int4:g128", 512, 768)],
+        "default": [
+            *(case(m, scheme) for m in (1, 4, 16, 64, 512) for scheme in ("int8", "int4:g128")),
+            *(case(m, scheme) for m in (1, 16) for scheme in FORMATS[2:]),
+            *(case(m, scheme, 11008, 4096) for m in (1, 512) for scheme in ("int8", "int4:g128")),
+        ],
+        "full": [
+            *(case(m, scheme) for m in (1, 2, 4, 8, 16, 64, 512) for scheme in FORMATS),
+            *(case(m, scheme, n, k) for n, k in ((11008, 4096), (4096, 11008)) for m in (1, 512) for scheme in FORMATS),
+        ],
+    },
+    inputs=inputs,
+    work=work,
+    impls={
+        "fp32 matmul": Impl(lambda: matmul(torch.float32), "reference"),
+        "qlinear": Impl(lambda: ours(), "ours"),
+        "qlinear, x in int8": Impl(lambda: ours(activations="int8"), "ours", only=is_integer),
+        "dequantize": Impl(lambda: ours("dequantize"), "variant"),
+        "int_mm": Impl(lambda: ours("int_mm", "int8"), "variant", only=is_int8),
+        "int8pack": Impl(lambda: ours("int8pack", dtype=torch.bfloat16), "peer", only=is_int8),
+        "int4pack": Impl(lambda: ours("int4pack", dtype=torch.bfloat16), "peer", only=packs),
+        "bf16 matmul": Impl(lambda: matmul(torch.bfloat16), "peer"),
+        "torchao int8 weights": Impl(lambda: torchao(False), "peer", "torchao", only=large_int8),
+        "torchao int8, x in int8": Impl(lambda: torchao(True), "peer", "torchao", only=large_int8),
+        "torchao int8 weights, compiled": Impl(lambda: torchao(False, True), "peer", "torchao", only=compiles),
+    },
+    subject="qlinear",
+    prepare=prepare_call,
+    verify=verify,
+    figures=figures,
+    yours=is_integer,
+    contract="quant.qlinear",
+    fits=lambda case, device: device == "cpu",
+    plots=[
+        Plot(
+            x="m",
+            xlabel="rows of x",
+            panel=("scheme",),
+            y="time",
+            per="m",
+            only=lambda case: case["n"] == case["k"] and is_integer(case),
+        )
+    ],
+)
+
+if __name__ == "__main__":
+    bench.main()
