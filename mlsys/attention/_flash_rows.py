@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mlsys.attention._flash_scores import LOG2E, How, Plan, hide, scaled, shaped
+from mlsys.attention._flash_scores import LOG2E, How, Plan, hide, in_buffer
 from mlsys.attention._flash_tiles import BLOCK_Q, Tile
 from mlsys.attention._inputs import wide
 
@@ -30,12 +30,12 @@ def one_query(q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, how: How) -> 
     return (scores.softmax(-1) @ v).view(*q.shape[:3], v.shape[-1])
 
 
-def fused_softmax(q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, strip: Tile, plan: Plan) -> Tensor:
-    """O of a block of queries (group, rows, d) in 16 bits, where torch's softmax is one pass and ours would be more."""
-    q = scaled(q, plan.how.scale, plan)
-    keys = k[strip.columns]
-    scores = torch.mm(q, keys.mT, out=shaped(plan.buffers[0], q.shape[0], keys.shape[0]))
+def fused_softmax(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, lse: Tensor | None, out: Tensor, strip: Tile, plan: Plan
+) -> None:
+    """O of a block of queries in 16 bits, where torch's softmax is one pass and ours would be more; no sinks."""
+    scores = in_buffer(q, k[strip.columns].mT, plan.buffers[0], plan.how.scale)
     hide(scores, strip, plan)
     if lse is not None:
         lse.copy_((scores.float().logsumexp(-1) * LOG2E).view(lse.shape))
-    return torch.mm(torch.softmax(scores, -1, out=scores), v[strip.columns])
+    out.copy_(torch.mm(torch.softmax(scores, -1, out=scores), v[strip.columns]).view(out.shape))

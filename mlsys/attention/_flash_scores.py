@@ -39,11 +39,13 @@ class Sweeps(NamedTuple):
 
     softmax:  (scores, state, tile, plan). Turns scores into P; state is m, z and exp(m − m'), (3, group·rows, 1).
     gradient: (scores, dp, lse, delta, tile, plan). Turns scores into P and dP into dS.
+    narrow:   (q). Whether `softmax` takes tiles of q's 16 bits as they are, in natural units, if nothing changes them.
     """
 
     softmax: Callable[[Tensor, Tensor, Tile, Plan], None]
     gradient: Callable[[Tensor, Tensor, Tensor, Tensor, Tile, Plan], None]
     blocks: Blocks
+    narrow: Callable[[Tensor], bool]
 
 
 class How(NamedTuple):
@@ -76,26 +78,27 @@ class Plan(NamedTuple):
     block_k: int
     band: Band  # the rules' own, as the next: a tile is a matter of microseconds
     by_band_alone: bool
-    # Space for two tiles of scores, and for a block of scaled queries and one of results: fresh memory for each would
-    # cost page faults, some 10% of the time
+    narrow: bool  # the scores stay in 16 bits
+    # Space for two tiles of scores, and for a block of results: fresh memory for each would cost page faults, some 10%
+    # of the time
     buffers: tuple[Tensor, ...]
-    scaled: Tensor
     numerator: Tensor
-    future: Tensor  # (block_q, block_q) True where a key comes after the query, on the diagonal
+    future: Tensor  # (block_q, block_q) True where a key comes after the query; empty where every query sees every key
 
 
-def make_plan(q: Tensor, k: Tensor, v: Tensor, how: How, blocks: tuple[int, int], passes: int) -> Plan:
+def make_plan(q: Tensor, k: Tensor, v: Tensor, how: How, blocks: tuple[int, int], passes: int, narrow: bool) -> Plan:
     """The plan of a pass that keeps so many tiles at once; `blocks` are the tiles where none were asked for."""
     band = how.rules.band
     group = q.shape[1] // k.shape[1]
     block_q = max(1, min(q.shape[2], how.block_q or blocks[0] // group))
     block_k = max(1, min(k.shape[2], how.block_k or blocks[1]))
-    future = torch.ones(block_q, block_q, dtype=torch.bool, device=q.device).triu(1)
+    edge = block_q if band.bounded else 0
+    future = torch.ones(edge, edge, dtype=torch.bool, device=q.device).triu_(1)
     columns = min(block_k, band.widest(block_q))
     rows = group * block_q
     buffers = q.new_empty(passes, rows * columns).unbind()
-    scaled, numerator = q.new_empty(rows * q.shape[3]), q.new_empty(rows * v.shape[3], dtype=wide(q))
-    return Plan(how, group, block_q, block_k, band, how.rules.by_band_alone, buffers, scaled, numerator, future)
+    numerator = q.new_empty(rows * v.shape[3], dtype=wide(q))
+    return Plan(how, group, block_q, block_k, band, how.rules.by_band_alone, narrow, buffers, numerator, future)
 
 
 # --- products ---------------------------------------------------------------------------------------------------------
@@ -106,26 +109,29 @@ def shaped(buffer: Tensor, rows: int, columns: int) -> Tensor:
     return buffer[: rows * columns].view(rows, columns)
 
 
-def scaled(q: Tensor, by: float, plan: Plan) -> Tensor:
-    """Queries of a group times a number, with its heads one below the other: (group·rows, d)."""
-    scaled = shaped(plan.scaled, q.shape[0] * q.shape[1], q.shape[2])
-    torch.mul(q, by, out=scaled.view(q.shape))
-    return scaled
+def stacked(x: Tensor) -> Tensor:
+    """Rows of a group (group, rows, d) with its heads one below the other, (group·rows, d); one head is no copy."""
+    return x.flatten(0, 1).contiguous()
 
 
-def times(a: Tensor, b: Tensor, buffer: Tensor) -> Tensor:
-    """The product of a and b, in `buffer` or, if that is 16 bits, widened."""
-    return torch.mm(a, b, out=shaped(buffer, a.shape[0], b.shape[1])).to(wide(a))
+def in_buffer(a: Tensor, b: Tensor, buffer: Tensor, by: float = 1.0) -> Tensor:
+    """The product of a and b, times a number, in `buffer`."""
+    return shaped(buffer, a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=by)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, *, to_nothing: bool = False) -> None:
-    """Add a · b to `total`, which may be wider, or hold nothing yet."""
+def times(a: Tensor, b: Tensor, buffer: Tensor, by: float = 1.0) -> Tensor:
+    """`in_buffer`, widened if that is 16 bits."""
+    return in_buffer(a, b, buffer, by).to(wide(a))
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, by: float = 1.0, *, to_nothing: bool = False) -> None:
+    """Add a · b, times a number, to `total`, which may be wider, or hold nothing yet."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b, beta=0 if to_nothing else 1)
+        total.addmm_(a, b, beta=0 if to_nothing else 1, alpha=by)
     elif to_nothing:
-        total.copy_(torch.mm(a, b))
+        torch.mul(torch.mm(a, b), by, out=total)
     else:
-        total.add_(torch.mm(a, b))
+        total.add_(torch.mm(a, b), alpha=by)
 
 
 # --- what changes the scores ------------------------------------------------------------------------------------------

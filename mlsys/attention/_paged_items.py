@@ -42,11 +42,10 @@ class Items(NamedTuple):
             return self
         count = -(-self.stop // block)
         each = -(-count // parts)
-        cut = [self.part(i * each, np.clip(count - i * each, 0, each), block) for i in range(parts)]
-        width = max(part.table.shape[1] for part in cut)
-        tables = [np.pad(part.table, ((0, 0), (0, width - part.table.shape[1]))) for part in cut]
-        rest = (np.concatenate(x) for x in list(zip(*cut, strict=True))[1:])
-        return Items(np.concatenate(tables), *rest)
+        first = (np.arange(parts)[:, None] * each).ravel()
+        count, each = np.tile(count, parts), np.tile(each, parts)
+        many = Items(np.tile(self.table, (parts, 1)), *(np.tile(x, parts) for x in self[1:]))
+        return many.part(first, np.clip(count - first, 0, each), block)
 
     def groups(self, block: int, limit: int) -> Iterator[slice | np.ndarray]:
         """The numbers of items that are done together: up to `limit` tokens, of about the same length."""

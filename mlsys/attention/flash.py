@@ -77,6 +77,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mlsys.attention._flash_backward import backward
 from mlsys.attention._flash_rows import fused_softmax, one_query, whole_rows
 from mlsys.attention._flash_scores import (
     LOG2E,
@@ -88,12 +89,13 @@ from mlsys.attention._flash_scores import (
     add_product,
     change,
     hide,
+    in_buffer,
     make_plan,
-    scaled,
     shaped,
+    stacked,
     times,
 )
-from mlsys.attention._flash_tiles import BLOCK_K, BLOCK_Q, Tile, along, tiles, traffic, within
+from mlsys.attention._flash_tiles import BLOCK_K, BLOCK_Q, Tile, along, tiles, traffic
 from mlsys.attention._inputs import check_block, check_qkv, check_rules, wide
 from mlsys.attention._packed import sequences
 
@@ -142,7 +144,7 @@ def attention(
     holds a NaN gets NaN, as in `naive`. A NaN that is hidden stays out of the output in `k`; in
     `v` it also reaches the queries whose tile covers it, since 0 · NaN is NaN, but no others. With a mask, a query
     whose visible scores are all −∞ counts as one that sees nothing. Scores are held in units of log 2, or of the
-    soft-cap: beyond 2e38 they are infinite in float32.
+    soft-cap: beyond 2e38 they are infinite in float32, and so are unscaled products of q and k beyond 3e38.
     `sweeps` is what happens to a tile between its matmuls: torch's operations unless given.
     Raises TypeError or ValueError naming the argument if shapes, dtypes, devices, options or
     block sizes are wrong; RuntimeError if asked for a second derivative.
@@ -194,7 +196,7 @@ class _Flash(torch.autograd.Function):
             raise RuntimeError("flash.attention has no second derivative: use naive.attention with create_graph=True")
         grad_out, grad_lse = grads
         q, k, v, sinks, out, lse = ctx.saved_tensors
-        return (*_backward(grad_out, grad_lse, q, k, v, sinks, out, lse, ctx.how), None)
+        return (*backward(grad_out, grad_lse, q, k, v, sinks, out, lse, ctx.how), None)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, lse: Tensor | None, how: How) -> Tensor:
@@ -206,11 +208,13 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, lse: Tensor 
     batch, h_kv, s, _ = k.shape
     if q.shape[2] == 1 and s > 0 and how.plain and not how.rules.band.bounded:
         return one_query(q, k, v, lse, how)
-    row_at_once = q.element_size() == 2 and how.rules.by_band_alone
     blocks = how.sweeps.blocks.band if how.rules.band.bounded else how.sweeps.blocks.full
-    if row_at_once:
-        blocks = whole_rows(s)
-    plan = make_plan(q, k, v, how, blocks, passes=1)
+    row_at_once = narrow = False
+    if q.element_size() == 2 and how.rules.by_band_alone:
+        narrow = how.sweeps.narrow(q)
+        row_at_once = not narrow
+        blocks = whole_rows(s) if row_at_once else (blocks[0], 2 * blocks[1])  # half the bytes a score
+    plan = make_plan(q, k, v, how, blocks, passes=1, narrow=narrow)
     blind = plan.band.blind
 
     out = v.new_empty(*q.shape[:-1], v.shape[-1])
@@ -224,31 +228,27 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, lse: Tensor 
             start, stop = plan.band.keys(rows)
             strip = Tile(b, heads, rows, slice(start, stop))
             row_lse = None if lse is None else lse[b, heads, rows]
-            if row_at_once and stop - start <= plan.block_k:
-                o = fused_softmax(q[b, heads, rows], keys, values, row_lse, strip, plan)
-            else:
-                o = _online_softmax(q[b, heads, rows], keys, values, sinks, row_lse, strip, plan)
-            out[b, heads, rows] = o.view(plan.group, -1, v.shape[-1])
+            attend = fused_softmax if row_at_once and stop - start <= plan.block_k else _online_softmax
+            attend(stacked(q[b, heads, rows]), keys, values, sinks, row_lse, out[b, heads, rows], strip, plan)
     return out
 
 
 def _online_softmax(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, lse: Tensor | None, strip: Tile, plan: Plan
-) -> Tensor:
-    """O of one block of queries (group, rows, d), tile by tile along the keys that some of them see."""
-    rows = q.shape[1]
-    q = scaled(q, plan.how.scale * plan.how.unit, plan)  # (group·rows, d); its products are the scores in `unit`
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, lse: Tensor | None, out: Tensor, strip: Tile, plan: Plan
+) -> None:
+    """O of one block of queries (group·rows, d) into `out` (group, rows, dv), tile by tile along the keys they see."""
     acc = shaped(plan.numerator, q.shape[0], v.shape[1])
     state = acc.new_zeros(3, q.shape[0], 1)
     m, z, rescale = state.unbind()  # maximum and denominator so far, of nothing: the lowest number instead of −∞,
     m.fill_(torch.finfo(m.dtype).min)  # so that −∞ − m is never −∞ + ∞
     if sinks is not None:
-        m.view(plan.group, rows).copy_((sinks[strip.heads] * LOG2E)[:, None])
+        m.view(plan.group, -1).copy_((sinks[strip.heads] * LOG2E)[:, None])
         z.fill_(1.0)
 
-    first = True
+    first, multiply = True, in_buffer if plan.narrow else times
+    unit = plan.how.scale * (1 if plan.narrow else plan.how.unit)
     for tile in along(strip, plan.block_k, plan.how.rules.mask):
-        scores = times(q, k[tile.columns].mT, plan.buffers[0])  # (group·rows, columns)
+        scores = multiply(q, k[tile.columns].mT, plan.buffers[0], unit)  # (group·rows, columns)
         plan.how.sweeps.softmax(scores, state, tile, plan)
         if not first:
             acc.mul_(rescale)
@@ -257,61 +257,10 @@ def _online_softmax(
     if lse is not None:
         lse.copy_((z.log2() + m).view(lse.shape))
     if first:  # a mask hides every tile
-        return acc.zero_()
+        acc.zero_()
     if plan.how.rules.mask is not None:
         z.masked_fill_(z == 0, 1.0)  # a query that sees nothing
-    return acc.div_(z)
-
-
-def _backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    how: How,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dQ, dK, dV, dsinks: each key block against the query blocks that see it (FlashAttention-2, Algorithm 2)."""
-    batch, h_kv, s, _ = k.shape
-    plan = make_plan(q, k, v, how, how.sweeps.blocks.backward, passes=2)
-    delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)  # D (b, h, t)
-    if grad_lse is not None and how.return_lse:
-        delta = delta - grad_lse  # dS = P ∘ (dP − D + dL)
-    if how.rules.mask is not None:  # a row that sees nothing: exp(−∞ − ∞) is 0 where exp(−∞ + ∞) is NaN
-        lse = lse.masked_fill(lse == -math.inf, math.inf)
-    dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
-    # Keys along the last axis: their products are then wide and low, which BLAS likes better than high and narrow
-    dk, dv = (torch.zeros(x.mT.shape, dtype=lse.dtype, device=x.device) for x in (k, v))
-
-    for b, head in product(range(batch), range(h_kv)):
-        heads = slice(head * plan.group, (head + 1) * plan.group)
-        for j in range(0, s, plan.block_k):
-            block = slice(j, j + plan.block_k)
-            kj, vj = k[b, head, block].contiguous(), v[b, head, block].contiguous()
-            for rows in plan.band.query_blocks(plan.block_q):
-                tile = within(Tile(b, heads, rows, block), how.rules)
-                if tile is None:
-                    continue
-                kt, vt = (x[tile.columns.start - j : tile.columns.stop - j] for x in (kj, vj))
-                qi = scaled(q[b, heads, rows], how.scale * how.unit, plan)  # (group·rows, d)
-                doi = grad_out[b, heads, rows].flatten(0, 1)  # (group·rows, dv)
-                scores = times(qi, kt.mT, plan.buffers[0])  # (group·rows, columns)
-                dp = times(doi, vt.mT, plan.buffers[1])
-                lse_i, delta_i = lse[b, heads, rows].reshape(-1, 1), delta[b, heads, rows].reshape(-1, 1)
-                how.sweeps.gradient(scores, dp, lse_i, delta_i, tile, plan)
-                p, ds = scores.to(q.dtype), dp.to(q.dtype)
-                add_product(dv[b, head, :, tile.columns], doi.mT, p)
-                add_product(dk[b, head, :, tile.columns], qi.mT, ds)  # sums over the heads of the group as well
-                dq[b, heads, rows] += torch.mm(ds, kt).view(plan.group, -1, q.shape[-1])
-    dq.mul_(how.scale)
-    dk.div_(how.unit)  # qi carried scale · unit
-    grad_sinks = None
-    if sinks is not None:  # the sink's value is nothing, so its dP is 0
-        grad_sinks = -(torch.exp2(sinks[:, None] * LOG2E - lse) * delta).sum((0, 2))
-    return dq.to(q.dtype), dk.mT.to(k.dtype), dv.mT.to(v.dtype), grad_sinks
+    torch.div(acc.view(out.shape), z.view(*out.shape[:2], 1), out=out)
 
 
 def _softmax_sweep(scores: Tensor, state: Tensor, tile: Tile, plan: Plan) -> None:
@@ -334,7 +283,11 @@ def _gradient_sweep(scores: Tensor, dp: Tensor, lse: Tensor, delta: Tensor, tile
         ds.mul_(slope)
 
 
-SWEEPS = Sweeps(_softmax_sweep, _gradient_sweep, Blocks(*[(BLOCK_Q, BLOCK_K)] * 3))
+def _never_narrow(q: Tensor) -> bool:
+    return False
+
+
+SWEEPS = Sweeps(_softmax_sweep, _gradient_sweep, Blocks(*[(BLOCK_Q, BLOCK_K)] * 3), _never_narrow)
 
 
 def _empty_lse(q: Tensor) -> Tensor:

@@ -9,17 +9,15 @@ does not see is not computed at all:
     forward     m' = max(m, max Sᵢ)     Pᵢⱼ = 2^(Sᵢⱼ − m')     z ← z · 2^(m − m') + Σⱼ Pᵢⱼ
     backward    Pᵢⱼ = 2^(Sᵢⱼ − Lᵢ)      dSᵢⱼ = Pᵢⱼ · (dPᵢⱼ − Dᵢ)
 
-Half of torch's time went into 2^x, worked out to the last bit. Split x = n + f with n whole
-and |f| ≤ 1/2: a polynomial of degree 6 gives 2^f to 3e-9, less than float32 can tell, and
-2^n is n in the exponent's bits. 16 numbers take some 20 instructions.
+Half of torch's time went into 2^x, worked out to the last bit: here it is a polynomial, and the maximum
+is one of integers, so that the compiler makes vector instructions of both (`_vector_numba`).
 
-The compiler does not turn a maximum of floats into vector instructions, since a NaN among
-them would depend on the order. It does so with integers, and the bits of floats are
-integers in the same order once negative ones are flipped.
+In bfloat16 a tile is widened a number at a time, where it is used, and rounded again: there is no
+second tile in float32, and none of whole rows as in `flash`.
 
 Everything else is `flash`'s own code: the loops, the tiles, the options. Soft-cap, ALiBi and
 masks change a tile in torch before the sweep. float64, and tensors on a GPU, take `flash`'s
-sweeps: nothing is gained there. So does bfloat16 without options: torch's row softmax.
+sweeps: nothing is gained there.
 
 Cost:
     `flash`'s FLOPs; between the matmuls one read and one write of each tile. Compiled once
@@ -27,7 +25,7 @@ Cost:
 
 Memory:
     `flash`'s, with half or a quarter of its tile: there are no more fixed costs in Python for
-    a wide one to spread.
+    a wide one to spread. In bfloat16 without options 1 MB, where `flash` has 2 or more of whole rows.
 
 Where it loses: below some 1000 keys the walk over heads in Python still shows. In the forward pass torch's
 kernel is as fast: both are bound by the matmuls. Any change to the sweeps has to be made twice.
@@ -50,22 +48,13 @@ from numba import njit
 from torch import Tensor
 
 from mlsys.attention import flash
-from mlsys.attention._flash_scores import Blocks, Plan, Sweeps, TileOptions, change, edges
+from mlsys.attention._flash_scores import LOG2E, Blocks, Plan, Sweeps, TileOptions, change, edges
 from mlsys.attention._flash_tiles import Tile
+from mlsys.attention._vector_numba import REORDERED, exp2, number, peak, stored
 
-# The best of a grid at head_dim 64. A tile, in the backward pass two, fills 1 MB of L2.
+_LOG2E, _ONE = np.float32(LOG2E), np.float32(1)
+# The best of a grid at head_dim 64. A tile, in the backward pass two, fills 1 MB of L2; in 16 bits it is twice as wide.
 BLOCKS = Blocks(full=(512, 512), band=(256, 1024), backward=(256, 512))
-
-# 2^f for |f| ≤ 1/2, from the constant term up
-_C0, _C1, _C2, _C3, _C4, _C5, _C6 = (
-    np.polynomial.Chebyshev.interpolate(np.exp2, 6, domain=[-0.5, 0.5])
-    .convert(kind=np.polynomial.Polynomial)
-    .coef.astype(np.float32)
-)
-_LEAST = np.float32(-127)  # 2^x is 0 from here down, and so is 2^−∞
-_BIAS, _MANTISSA_BITS, _SIGN_BIT, _ALL_BUT_SIGN = np.int32(127), np.int32(23), np.int32(31), np.int32(2**31 - 1)
-# Sums in any order and fused multiply-adds; NaN and infinity keep their meaning
-_FAST = {"reassoc", "contract", "nsz"}
 
 
 @overload
@@ -86,11 +75,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **op
 
 
 def _softmax_sweep(scores: Tensor, state: Tensor, tile: Tile, plan: Plan) -> None:
+    if plan.narrow:
+        bits, heads = scores.view(torch.uint16).numpy(), plan.group
+        _softmax_rows(bits, state.numpy(), scores.shape[0] // heads, *edges(tile, plan), _LOG2E)
+        return
     if not _compiled_for(scores):
         flash.SWEEPS.softmax(scores, state, tile, plan)
         return
     change(scores, tile, plan)
-    _softmax_rows(scores.numpy(), state.numpy(), scores.shape[0] // plan.group, *edges(tile, plan))
+    _softmax_rows(scores.numpy(), state.numpy(), scores.shape[0] // plan.group, *edges(tile, plan), _ONE)
 
 
 def _gradient_sweep(scores: Tensor, dp: Tensor, lse: Tensor, delta: Tensor, tile: Tile, plan: Plan) -> None:
@@ -104,7 +97,11 @@ def _gradient_sweep(scores: Tensor, dp: Tensor, lse: Tensor, delta: Tensor, tile
         dp.mul_(slope)
 
 
-_SWEEPS = Sweeps(_softmax_sweep, _gradient_sweep, BLOCKS)
+def _narrow(q: Tensor) -> bool:
+    return q.dtype == torch.bfloat16 and q.device.type == "cpu"
+
+
+_SWEEPS = Sweeps(_softmax_sweep, _gradient_sweep, BLOCKS, _narrow)
 
 
 def _compiled_for(scores: Tensor) -> bool:
@@ -113,30 +110,34 @@ def _compiled_for(scores: Tensor) -> bool:
 
 # --- compiled ---------------------------------------------------------------------------------------------------------
 
-Array = Any  # (rows, columns) or (rows,), float32
+Array = Any  # (rows, columns) or (rows,), float32; scores may be bfloat16, as uint16
 
 
-@njit(cache=True, nogil=True, fastmath=_FAST)
-def _softmax_rows(s: Array, state: Array, rows: int, first: int, last: int) -> None:
-    """P in place of S, and m, z and 2^(m − m') of each row; row r of each head sees columns first + r … last + r."""
+@njit(cache=True, nogil=True, fastmath=REORDERED)
+def _softmax_rows(s: Array, state: Array, rows: int, first: int, last: int, unit: np.float32) -> None:
+    """P in place of S, and m, z and 2^(m − m') of each row; row r of each head sees columns first + r … last + r.
+
+    S times `unit` is in units of log 2, as m is.
+    """
     m, z, rescale = state[0, :, 0], state[1, :, 0], state[2, :, 0]
     for i in range(s.shape[0]):
         start, stop = _visible(i % rows, s.shape[1], first, last)
         row = s[i, start:stop]
-        top = _largest(row.view(np.int32), m[i])
+        top = peak(row) * unit
+        top = m[i] if top < m[i] else top
         total = np.float32(0)
         for j in range(row.shape[0]):
-            p = _exp2(row[j] - top)
-            row[j] = p
+            p = exp2(number(row[j]) * unit - top)
+            row[j] = stored(p, row[j])
             total += p
-        rescale[i] = _exp2(m[i] - top)
+        rescale[i] = exp2(m[i] - top)
         z[i] = z[i] * rescale[i] + total
         m[i] = top
         s[i, :start] = 0
         s[i, stop:] = 0
 
 
-@njit(cache=True, nogil=True, fastmath=_FAST)
+@njit(cache=True, nogil=True, fastmath=REORDERED)
 def _gradient_rows(s: Array, dp: Array, lse: Array, delta: Array, rows: int, first: int, last: int) -> None:
     """P in place of S and dS in place of dP."""
     for i in range(s.shape[0]):
@@ -144,7 +145,7 @@ def _gradient_rows(s: Array, dp: Array, lse: Array, delta: Array, rows: int, fir
         row, drow = s[i, start:stop], dp[i, start:stop]
         shift, mean = lse[i], delta[i]
         for j in range(row.shape[0]):
-            p = _exp2(row[j] - shift)
+            p = exp2(row[j] - shift)
             row[j] = p
             drow[j] = (drow[j] - mean) * p
         for x in (s, dp):
@@ -156,29 +157,3 @@ def _gradient_rows(s: Array, dp: Array, lse: Array, delta: Array, rows: int, fir
 def _visible(row: int, columns: int, first: int, last: int) -> tuple[int, int]:
     start = min(max(0, first + row), columns)
     return start, max(start, min(columns, last + row + 1))
-
-
-@njit(cache=True, nogil=True, fastmath=_FAST, inline="always")
-def _exp2(x: np.float32) -> np.float32:
-    x = _LEAST if x < _LEAST else x  # NaN is not less than anything and stays
-    n = np.rint(x)
-    f = x - n
-    power = _C0 + f * (_C1 + f * (_C2 + f * (_C3 + f * (_C4 + f * (_C5 + f * _C6)))))
-    return power * np.int32((np.int32(n) + _BIAS) << _MANTISSA_BITS).view(np.float32)
-
-
-@njit(cache=True, nogil=True)
-def _largest(bits: Array, so_far: np.float32) -> np.float32:
-    """The larger of `so_far` and the floats with these bits."""
-    top = np.int32(-(2**31))
-    for j in range(bits.shape[0]):
-        ordered = _ordered(bits[j])
-        top = ordered if ordered > top else top
-    largest = _ordered(top).view(np.float32)
-    return so_far if bits.shape[0] == 0 or largest < so_far else largest
-
-
-@njit(cache=True, nogil=True, inline="always")
-def _ordered(bits: np.int32) -> np.int32:
-    """An integer that is larger where the float is, and back again: all bits but the sign flipped if negative."""
-    return np.int32(bits ^ ((bits >> _SIGN_BIT) & _ALL_BUT_SIGN))

@@ -50,7 +50,7 @@ from mlsys.attention import paged
 from mlsys.attention._inputs import wide
 from mlsys.attention._paged_inputs import DecodeOptions, LayerOptions, Parts, Queries, Stored
 from mlsys.attention._paged_items import Items
-from mlsys.attention.flash_numba import _exp2, _largest
+from mlsys.attention._vector_numba import REORDERED, exp2, largest
 from mlsys.attention.kv_cache import PagedKVCache, Sequence
 from mlsys.attention.paged import prefill, tokens_read
 
@@ -61,7 +61,6 @@ Array = np.ndarray
 BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float8_e4m3fn: torch.uint8}
 FETCHED = 4096  # bytes of a head in a block, up to which the next block is fetched ahead
 NEAR = 12 << 20  # bytes that a step may read and find in the processor's cache again in the next: nothing to fetch
-REORDERED = {"reassoc", "contract", "nsz"}  # sums in any order, or they would be done one number at a time
 LOG2E = float(np.log2(np.e))
 
 
@@ -382,18 +381,18 @@ def _softmax(row: Array) -> float:
 
 def _power(x: Any) -> Any:
     """2^x."""
-    raise NotImplementedError
+    return np.exp2(x)
 
 
 def _peak(row: Any) -> Any:
     """The largest of a row, −∞ if there are none."""
-    raise NotImplementedError
+    return max(row, default=-np.inf)
 
 
 @compiled_by_type(_power, inline="always")
 def _power_of(x: Any) -> Any:
     def fast(x: Any) -> Any:
-        return _exp2(x)
+        return exp2(x)
 
     def exact(x: Any) -> Any:
         return np.exp2(x)
@@ -404,7 +403,7 @@ def _power_of(x: Any) -> Any:
 @compiled_by_type(_peak)
 def _peak_of(row: Any) -> Any:
     def fast(row: Any) -> Any:
-        return _largest(row.view(np.int32), np.float32(-np.inf))
+        return largest(row.view(np.int32), np.float32(-np.inf))
 
     def exact(row: Any) -> Any:
         top = -np.inf

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -156,16 +155,6 @@ def tolerance(inputs: Inputs, name: str, want: np.ndarray) -> float:
 
 
 # --- calling ----------------------------------------------------------------------------------------------------------
-
-
-def accepts(impl: Callable[..., Any], options: Mapping[str, Any], signature: str, tensors: int = 3) -> None:
-    """Mismatch, with the signature that is wanted, if `impl` cannot be called with the tensors and these options."""
-    try:
-        inspect.signature(impl).bind(*[None] * tensors, **options)
-    except TypeError as error:
-        raise Mismatch(f"cannot be called as {signature}: {error}") from None
-    except ValueError:
-        return  # a builtin that does not tell its signature
 
 
 def gradients(results: Mapping[str, Tensor], leaves: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Results:

@@ -38,8 +38,7 @@ from typing import Any
 import numpy as np
 
 from mlsys.attention.kv_cache import OutOfBlocks, Pool
-from mlsys.contracts import _attention_formula as formula
-from mlsys.contracts.core import Case, Contract, Inputs, Mismatch, Results, Wrong
+from mlsys.contracts.core import Case, Contract, Inputs, Mismatch, Results, Wrong, accepts
 
 METHODS = ("start", "append", "fork", "free", "table")
 SIGNATURE = (
@@ -209,7 +208,7 @@ class _Memory:
     """
 
     def __init__(self, make: Callable[..., Any], blocks: int, block: int) -> None:
-        formula.accepts(make, {}, SIGNATURE, tensors=2)
+        accepts(make, 2, {}, SIGNATURE)
         self.manager, self.blocks, self.block = make(blocks, block), blocks, block
         missing = [name for name in METHODS if not callable(getattr(self.manager, name, None))]
         if not hasattr(type(self.manager), "available") and not hasattr(self.manager, "available"):

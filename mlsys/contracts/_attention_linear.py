@@ -29,7 +29,7 @@ from torch import Tensor
 from mlsys.attention import linear
 from mlsys.contracts import _attention_formula as formula
 from mlsys.contracts._attention_memory import Held
-from mlsys.contracts.core import Case, Contract, Inputs, Mismatch, Results, Wrong
+from mlsys.contracts.core import Case, Contract, Inputs, Mismatch, Results, Wrong, accepts
 
 SIGNATURE = "attention(q, k, v, *, decay=None, state=None, return_state=False, chunk=64)"
 ROOM = 4.0  # how many times the rounding of one step is allowed
@@ -146,7 +146,7 @@ def call(impl: Callable[..., Any], inputs: Inputs) -> Results:
         options["chunk"] = inputs["chunk"]
     if "state" in inputs:
         options["return_state"] = True
-    formula.accepts(impl, options, SIGNATURE)
+    accepts(impl, 3, options, SIGNATURE)
     backward = "grad_out" in inputs
     wanted: list[str] = [name for name in ("q", "k", "v", "decay", "state") if name in inputs and backward]
     given = {name: inputs[name].detach().requires_grad_(name in wanted) for name in ("q", "k", "v")}

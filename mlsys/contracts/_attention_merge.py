@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mlsys.attention.merge import merge
 from mlsys.contracts import _attention_formula as formula
-from mlsys.contracts.core import Case, Contract, Inputs, Mismatch, Results, Wrong
+from mlsys.contracts.core import Case, Contract, Inputs, Mismatch, Results, Wrong, accepts
 
 SIGNATURE = "merge(out_a, lse_a, out_b, lse_b) -> (out (b, h, t, dv), lse (b, h, t))"
 ARGUMENTS = ("out_a", "lse_a", "out_b", "lse_b")
@@ -86,7 +86,7 @@ def inputs(case: Case, seed: int, device: str) -> Inputs:
 
 def call(impl: Callable[..., Any], inputs: Inputs) -> Results:
     """Both results and, where asked for, all four gradients."""
-    formula.accepts(impl, {}, SIGNATURE, tensors=4)
+    accepts(impl, 4, {}, SIGNATURE)
     parts = {name: inputs[name].requires_grad_("grad_out" in inputs) for name in ARGUMENTS}
     got = impl(*parts.values())
     if not isinstance(got, tuple | list) or len(got) != 2 or not all(isinstance(x, Tensor) for x in got):

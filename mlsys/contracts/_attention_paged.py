@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mlsys.attention import paged
 from mlsys.contracts import _attention_formula as formula
-from mlsys.contracts.core import Case, Contract, Inputs, Mismatch, Results, Wrong, difference, numeric
+from mlsys.contracts.core import Case, Contract, Inputs, Mismatch, Results, Wrong, accepts, difference, numeric
 
 SIGNATURE = "decode(q, keys, values, tables, lengths, *, scale=None) -> (seqs, heads, dv)"
 SINGLE = 32 * torch.finfo(torch.float32).eps  # an error that steps in float32 leave, as a part of the largest output
@@ -110,7 +110,7 @@ def inputs(case: Case, seed: int, device: str) -> Inputs:
 def call(impl: Callable[..., Any], inputs: Inputs) -> Results:
     """The output."""
     options = {} if inputs["scale"] is None else {"scale": inputs["scale"]}
-    formula.accepts(impl, options, SIGNATURE, tensors=5)
+    accepts(impl, 5, options, SIGNATURE)
     with torch.no_grad():
         out = impl(*(inputs[name] for name in ARGUMENTS), **options)
     if not isinstance(out, Tensor):

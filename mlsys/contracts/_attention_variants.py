@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mlsys.attention import flash
 from mlsys.contracts import _attention_formula as formula
-from mlsys.contracts.core import Case, Contract, Inputs, Mismatch, Results, Wrong
+from mlsys.contracts.core import Case, Contract, Inputs, Mismatch, Results, Wrong, accepts
 
 SIGNATURE = (
     "attention(q, k, v, *, causal=False, window=(-1, -1), mask=None, alibi=None, softcap=None, sinks=None, scale=None, "
@@ -137,7 +137,7 @@ def inputs(case: Case, seed: int, device: str) -> Inputs:
 def call(impl: Callable[..., Any], inputs: Inputs) -> Results:
     """The output, lse and gradients, as far as they are asked for."""
     options = {name: inputs[name] for name in (*formula.OPTIONS, "return_lse") if name in inputs}
-    formula.accepts(impl, options, SIGNATURE)
+    accepts(impl, 3, options, SIGNATURE)
     backward = "grad_out" in inputs
     leaves = {name: inputs[name].requires_grad_(backward) for name in formula.LEAVES if name in inputs}
     got = impl(inputs["q"], inputs["k"], inputs["v"], **options)

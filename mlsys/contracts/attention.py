@@ -52,7 +52,7 @@ from mlsys.contracts import (
     _attention_variants,
 )
 from mlsys.contracts._attention_memory import Held
-from mlsys.contracts.core import Case, Contract, Inputs, Mismatch, Results, Wrong
+from mlsys.contracts.core import Case, Contract, Inputs, Mismatch, Results, Wrong, accepts
 
 SIGNATURE = "attention(q, k, v, *, causal=False, scale=None"
 LINEAR, SHORTER = 8.0, 4  # at SHORTER times the length linear memory grows 4 times, quadratic 16 times: allow 8
@@ -154,7 +154,7 @@ def call(impl: Callable[..., Any], inputs: Inputs) -> Results:
     options: dict[str, Any] = {"causal": inputs["causal"]}
     options |= {name: inputs[name] for name in ("scale", "block_q", "block_k") if inputs.get(name) is not None}
     blocks = ", block_q=None, block_k=None" if "block_q" in options else ""
-    formula.accepts(impl, options, f"{SIGNATURE}{blocks})")
+    accepts(impl, 3, options, f"{SIGNATURE}{blocks})")
     tensors: dict[str, Tensor] = {name: inputs[name] for name in ("q", "k", "v", "grad_out") if name in inputs}
     if not inputs.get("linear_memory"):
         return _results(impl, options, tensors)

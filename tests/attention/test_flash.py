@@ -370,9 +370,9 @@ def test_tiles_are_those_that_are_computed(monkeypatch):
     made = []
     product = flash.times
 
-    def counted(a, b, buffer):
+    def counted(a, b, buffer, by):
         made.append((len(a), b.shape[1]))
-        return product(a, b, buffer)
+        return product(a, b, buffer, by)
 
     monkeypatch.setattr(flash, "times", counted)
     q, k, v = qkv(h=1, t=40, s=50, requires_grad=False)

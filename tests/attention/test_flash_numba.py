@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
-from mlsys.attention import flash, flash_numba, naive
+from mlsys.attention import _vector_numba, flash, flash_numba, naive
 
 _spec = importlib.util.spec_from_file_location("tests_of_flash", Path(__file__).with_name("test_flash.py"))
 _shared = importlib.util.module_from_spec(_spec)
@@ -34,13 +34,13 @@ FINITE = st.floats(-(2.0**127), 2.0**127, width=32)
 def exp2_of(x):
     out = np.empty_like(x)
     for i in range(x.shape[0]):
-        out[i] = flash_numba._exp2(x[i])
+        out[i] = _vector_numba.exp2(x[i])
     return out
 
 
 @njit
 def largest_of(x, so_far):
-    return flash_numba._largest(x.view(np.int32), so_far)
+    return _vector_numba.largest(x.view(np.int32), so_far)
 
 
 def test_exp2_is_exact_to_three_roundings_over_its_range():
@@ -67,6 +67,76 @@ def test_largest_is_the_maximum(xs, so_far):
 def test_largest_of_special_numbers(values):
     x = np.array(values, np.float32)
     assert largest_of(x, np.float32(-3e38)) == x.max()
+
+
+@njit
+def read_and_stored(bits, out, again):
+    for i in range(bits.shape[0]):
+        out[i] = _vector_numba.number(bits[i])
+        again[i] = _vector_numba.stored(out[i], bits[i])
+    return _vector_numba.peak(bits[:0]), _vector_numba.peak(bits)
+
+
+def test_every_bfloat16_is_read_as_torch_reads_it_and_stored_again():
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    every = every[~every.isnan()]
+    out, again = np.empty(len(every), np.float32), np.empty(len(every), np.uint16)
+    lowest, top = read_and_stored(every.view(torch.uint16).numpy(), out, again)
+    assert torch.equal(torch.from_numpy(out), every.float())
+    assert torch.equal(torch.from_numpy(again).view(torch.bfloat16), every)
+    assert (lowest, top) == (-np.inf, np.inf)
+
+
+def test_peak_number_and_stored_say_the_same_uncompiled():
+    """With NUMBA_DISABLE_JIT=1 their own bodies run."""
+    x = torch.tensor([-3.5, 1.25, 300.0, -0.0]).bfloat16()
+    bits = x.view(torch.uint16).numpy()
+    assert (_vector_numba.peak(bits), _vector_numba.peak(bits[:0])) == (300.0, -np.inf)
+    assert [_vector_numba.number(b) for b in bits] == x.tolist()
+    assert [_vector_numba.stored(_vector_numba.number(b), b) for b in bits] == bits.tolist()
+    wide = x.float().numpy()
+    assert (_vector_numba.peak(wide), _vector_numba.number(wide[0]), _vector_numba.stored(wide[0], wide[0])) == (
+        300.0, -3.5, -3.5,
+    )  # fmt: skip
+
+
+@njit
+def stored_of(x, like):
+    out = np.empty(x.shape[0], np.uint16)
+    for i in range(x.shape[0]):
+        out[i] = _vector_numba.stored(x[i], like[0])
+    return out
+
+
+def test_float32_is_rounded_to_bfloat16_as_torch_rounds_it():
+    upper = torch.randn(1000, generator=torch.Generator().manual_seed(0)).bfloat16().float().view(torch.int32)
+    lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)  # a tie, and what lies around it
+    x = (upper[:, None] | lower).flatten().view(torch.float32)
+    got = stored_of(x.numpy(), np.zeros(1, np.uint16))
+    assert torch.equal(torch.from_numpy(got).view(torch.bfloat16), x.bfloat16())
+
+
+@given(st.lists(FINITE, min_size=1, max_size=80))
+def test_the_peak_of_bfloat16_is_the_maximum(xs):
+    x = torch.tensor(xs).bfloat16()
+    _, top = read_and_stored(x.view(torch.uint16).numpy(), np.empty(len(xs), np.float32), np.empty(len(xs), np.uint16))
+    assert top == x.max().float().item()
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (20, 3)])
+@pytest.mark.parametrize(("t", "s"), [(70, 70), (9, 50), (60, 21)])
+def test_narrow_tiles_are_as_exact_as_16_bits_allow(t, s, window):
+    """Several tiles a row, scores of some size: hardly more error than `naive` has in 16 bits."""
+    generator = torch.Generator().manual_seed(0)
+    q = (3 * torch.randn(2, 4, t, 12, generator=generator)).bfloat16()
+    k, v = (torch.randn(2, 2, s, 12, generator=generator).bfloat16() for _ in "kv")
+    want = naive.attention(q.float(), k.float(), v.float(), window=window, return_lse=True)
+    allowed = naive.attention(q, k, v, window=window, return_lse=True)
+    got = flash_numba.attention(q, k, v, window=window, return_lse=True, block_q=16, block_k=8)
+    for x, by_naive, exact in zip(got, allowed, want, strict=True):
+        seen = exact.isfinite()
+        assert torch.equal(x.isfinite(), seen)
+        assert (x - exact)[seen].abs().max() < 1.5 * (by_naive - exact)[seen].abs().max()
 
 
 @settings(deadline=None, max_examples=25)
