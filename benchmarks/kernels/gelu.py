@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from mlsys.bench import Work
-from mlsys.bench.core import Case, Size
-from mlsys.bench.ladder import ladder
+from mlsys.bench.core import Case
+from mlsys.bench.ladder import ROWS, ladder
 from mlsys.kernels import gelu, gelu_cuda
 
 
@@ -33,18 +33,7 @@ def work(case: Case, given: dict[str, Any]) -> Work:
     return Work(flops=10 * n, bytes=4 * (2 * n + case["columns"]), items=8 * n, unit="B")
 
 
-RUNGS = gelu_cuda.VARIANTS
-CASES: dict[Size, list[Case]] = {
-    "quick": [case(rung, rows, columns) for rows, columns in ((64, 1024), (8192, 4096)) for rung in RUNGS],
-    "default": [
-        case(rung, rows, columns) for rows, columns in ((64, 1024), (1 << 16, 1024), (8192, 8192)) for rung in RUNGS
-    ],
-    "full": [
-        case(rung, rows, columns)
-        for rows, columns in ((64, 1024), (1 << 18, 256), (1 << 16, 1024), (8192, 8192))
-        for rung in RUNGS
-    ],
-}
+CASES = {size: [case(rung, *shape) for shape in shapes for rung in gelu_cuda.VARIANTS] for size, shapes in ROWS.items()}
 bench = ladder(
     __file__,
     family="gelu",

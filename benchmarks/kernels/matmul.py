@@ -103,7 +103,7 @@ bench = Benchmark(
     prepare=prepare,
     verify=verify,
     figures=lambda case, ab, got: got.counts,
-    counted=lambda impl, device: device == "cpu" and impl in ("torch", "kernel"),
+    counted=lambda impl, device: device == "cpu",
     fits=lambda case, device: (case["n"] <= ON_PROCESSOR) == (device == "cpu"),
     contract="kernels.matmul",
     plots=(

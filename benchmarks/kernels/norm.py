@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from mlsys.bench import Work
-from mlsys.bench.core import Case, Size
-from mlsys.bench.ladder import ladder
+from mlsys.bench.core import Case
+from mlsys.bench.ladder import ROWS, ladder
 from mlsys.kernels import norm, norm_cuda
 from mlsys.kernels.norm import KINDS
 
@@ -35,26 +35,9 @@ def work(case: Case, given: dict[str, Any]) -> Work:
     return Work(flops=8 * n, bytes=4 * (2 * n + case["columns"]), items=8 * n, unit="B")
 
 
-RUNGS = norm_cuda.VARIANTS
-CASES: dict[Size, list[Case]] = {
-    "quick": [
-        case(rung, rows, columns, kind)
-        for kind in KINDS
-        for rows, columns in ((64, 1024), (8192, 4096))
-        for rung in RUNGS
-    ],
-    "default": [
-        case(rung, rows, columns, kind)
-        for kind in KINDS
-        for rows, columns in ((64, 1024), (4, 16384), (1 << 16, 1024), (8192, 8192))
-        for rung in RUNGS
-    ],
-    "full": [
-        case(rung, rows, columns, kind)
-        for kind in KINDS
-        for rows, columns in ((64, 1024), (4, 16384), (1 << 18, 256), (1 << 16, 1024), (8192, 8192), (512, 1 << 17))
-        for rung in RUNGS
-    ],
+CASES = {
+    size: [case(rung, *shape, kind) for kind in KINDS for shape in shapes for rung in norm_cuda.VARIANTS]
+    for size, shapes in ROWS.items()
 }
 bench = ladder(
     __file__,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,16 +17,6 @@ def draw(generator: torch.Generator, *shape: int, dtype: str = "float32", device
     """Normal numbers, rounded to the dtype."""
     drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
     return drawn.to(getattr(torch, dtype)).to(device)
-
-
-def accepts(impl: Callable[..., Any], tensors: int, options: Mapping[str, Any], signature: str) -> None:
-    """Mismatch, with the signature that is wanted, if `impl` cannot take so many tensors and these options."""
-    try:
-        inspect.signature(impl).bind(*[None] * tensors, **options)
-    except TypeError as error:
-        raise Mismatch(f"cannot be called as {signature}: {error}") from None
-    except ValueError:
-        return  # a builtin that does not tell its signature
 
 
 def result(got: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

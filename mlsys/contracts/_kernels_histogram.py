@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlsys.contracts._kernels_common import BLOCK, accepts, result
-from mlsys.contracts.core import Case, Contract, Inputs, Results, Wrong
+from mlsys.contracts._kernels_common import BLOCK, result
+from mlsys.contracts.core import Case, Contract, Inputs, Results, Wrong, accepts
 
 SIGNATURE = "histogram(x int32 or uint8, bins) -> (bins,) int32"
 

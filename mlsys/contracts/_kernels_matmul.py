@@ -218,6 +218,10 @@ WRONG = {
         lambda a, b: _right(a.contiguous().view(a.shape[1], a.shape[0]).T, b),
         "a is (m, k), row after row: element (i, j) lies at i·k + j, not at j·m + i",
     ),
+    "a_and_b_swapped": Wrong(
+        lambda a, b: _right(b, a) if a.shape == b.shape == b.T.shape else _right(a, b),
+        "the product is a @ b, not b @ a: rows are those of a, columns those of b",
+    ),
     "result_by_columns": Wrong(
         lambda a, b: _right(a, b).T.contiguous().view(a.shape[0], b.shape[1]),
         "the result is stored row after row: element (i, j) lies at i·n + j, not at j·m + i",

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlsys.contracts._kernels_common import UNIT, accepts, draw, exact, result, rounding
-from mlsys.contracts.core import Case, Contract, Inputs, Results, Wrong
+from mlsys.contracts._kernels_common import UNIT, draw, exact, result, rounding
+from mlsys.contracts.core import Case, Contract, Inputs, Results, Wrong, accepts
 
 SIGNATURE = "norm(x (…, n), weight (n,), bias (n,) or None, *, eps=1e-5, kind='layernorm' or 'rmsnorm') -> (…, n)"
 

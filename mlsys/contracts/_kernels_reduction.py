@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlsys.contracts._kernels_common import BLOCK, UNIT, accepts, draw, exact, result
-from mlsys.contracts.core import Case, Contract, Inputs, Results, Wrong
+from mlsys.contracts._kernels_common import BLOCK, UNIT, draw, exact, result
+from mlsys.contracts.core import Case, Contract, Inputs, Results, Wrong, accepts
 
 SIGNATURE = "sum(x) -> a float32 tensor of no dimensions"
 

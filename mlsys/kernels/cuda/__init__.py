@@ -19,7 +19,7 @@ Cost:
     kept. `check` takes several times as long.
 
 Memory:
-    16 pages of stack a thread, 1,024 threads a core, touched only where used. `check` keeps 32 bytes for each 4 bytes
+    64 KiB of stack a thread, 1,024 threads a core, touched only where used. `check` keeps 32 bytes for each 4 bytes
     of the tensors that are touched, and each core its own.
 
 Where it differs from a GPU: blocks run one after the other on a core, threads of a warp one after the other between two

@@ -9,16 +9,19 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
 from mlsys.files import cache_folder
+from mlsys.kernels.cuda import _source
 
 RUNTIME = Path(__file__).parent / "runtime"
 HEADERS = RUNTIME / "include"
@@ -27,20 +30,56 @@ _PARTS = ("scheduler.cpp", "async.cpp")
 _CHECKER = ("checker.cpp", "profiler.cpp")
 # A `static` of a kernel file is shared memory: one copy a library, no lock round it, seen by nobody else.
 _KERNEL = ("-std=c++17", "-x", "c++", "-fPIC", "-fvisibility=hidden", "-fno-threadsafe-statics", "-fno-plt")
-# CUDA's compilers let a float array be read as float4; -w: what a processor's compiler warns of is not the kernel's
-_MEANING = ("-fno-strict-aliasing", "-fwrapv", "-w", "-fmax-errors=5")
-_FAST = ("-O3", "-march=native", "-g1")
-_PROFILED = ("-fsanitize-coverage=trace-pc", "-ffp-contract=off", "-fno-tree-vectorize", "-fno-tree-slp-vectorize")
-_CHECKED = (
-    "-O2",
-    "-g",
-    "-DMLSYS_CHECK",
-    "-fno-optimize-sibling-calls",
-    "-fsanitize=thread",
-    "-fsanitize=bounds",
-    "-fno-sanitize-recover=bounds",
-)
+# CUDA's compilers let a float array be read as float4; -w: what a processor's compiler warns of is not the kernel's;
+# and a char has a sign, whatever the processor's custom.
+_MEANING = ("-fno-strict-aliasing", "-fwrapv", "-fsigned-char", "-w")
+_NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+_FAST = ("-O3", _NATIVE, "-g1")
+_CHECKED = ("-O2", "-g", "-DMLSYS_CHECK", "-fno-optimize-sibling-calls", "-fsanitize=thread")
+_PROFILED = ("-ffp-contract=off", "-fno-tree-vectorize", "-fno-tree-slp-vectorize")
 
+
+# CUB, Thrust, libcu++, CUTLASS, and CUDA's own headers beyond those of `runtime/include`
+_FOR_GPUS = re.compile(r"(cub|thrust|cuda|nv|cutlass|cute|crt)/|cu\w+\.h$|curand|cublas|cufft|nvtx")
+
+
+@dataclass(frozen=True)
+class _Dialect:
+    """What one compiler calls the same things; `checked` is for `check` and `profile`, `profiled` for the latter."""
+
+    always: tuple[str, ...]
+    checked: tuple[str, ...]
+    profiled: tuple[str, ...]
+    in_order: tuple[str, ...]  # `__device__` variables stay between the two that enclose them
+
+
+_GCC = _Dialect(
+    always=("-fno-gnu-unique", "-fmax-errors=5"),
+    checked=(
+        "-fsanitize=bounds",
+        "-fno-sanitize-recover=bounds",
+        "--param=tsan-distinguish-volatile=1",
+        "--param=tsan-instrument-func-entry-exit=0",
+    ),
+    profiled=("-fsanitize-coverage=trace-pc",),
+    in_order=("-fno-toplevel-reorder",),
+)
+# clang instruments after it has optimised: each access must still be the kernel's own, not half a vector. It would also
+# leave out a read that a write follows, blocks whose count follows from others', and loops that wait for other threads.
+_CLANG = _Dialect(
+    always=("-ferror-limit=5", "-fno-finite-loops"),
+    checked=(
+        "-fno-vectorize",
+        "-fno-slp-vectorize",
+        "-fsanitize=array-bounds",
+        "-fno-sanitize-recover=array-bounds",
+        *("-mllvm", "-tsan-distinguish-volatile"),
+        *("-mllvm", "-tsan-instrument-func-entry-exit=0"),
+        *("-mllvm", "-tsan-instrument-read-before-write"),
+    ),
+    profiled=("-fsanitize-coverage=bb,no-prune,trace-pc",),
+    in_order=(),
+)
 
 Mode = Literal["run", "check", "profile"]
 
@@ -69,20 +108,29 @@ def compiler() -> str:
 
 
 @cache
+def _version() -> str:
+    return subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def _dialect() -> _Dialect:
+    return _CLANG if "clang" in _version() else _GCC  # not by its file's name, which may be c++
+
+
+@cache
 def _machine() -> str:
-    """What -march=native means here, and who compiles."""
-    version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True).stdout
+    """What "native" means here, and who compiles."""
     target = subprocess.run(
-        [compiler(), "-march=native", "-E", "-v", "-x", "c++", "/dev/null"], capture_output=True, text=True, check=False
+        [compiler(), _NATIVE, "-E", "-v", "-x", "c++", "/dev/null"], capture_output=True, text=True, check=False
     ).stderr
-    return "\n".join([platform.machine(), version, *(line for line in target.splitlines() if "cc1plus" in line)])
+    said = (line for line in target.splitlines() if "cc1" in line)
+    return "\n".join([platform.machine(), _version(), *said])
 
 
 @cache
 def runtime(checked: bool) -> Path:
     """The library that runs blocks: fibers, barriers, and if `checked` the checker. Takes seconds, once a machine."""
     parts = [RUNTIME / name for name in _PARTS + (_CHECKER if checked else ())]
-    flags = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-pthread", "-march=native"]
+    flags = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-pthread", _NATIVE]
     flags += ["-DMLSYS_CHECK"] if checked else []
     key = _hash(*flags, _machine(), *(p.read_text() for p in [*parts, *sorted(RUNTIME.glob("*.h"))]))
     name = f"runtime-{key}.so"
@@ -100,24 +148,21 @@ def runtime(checked: bool) -> Path:
 
 
 def kernel_library(source: str, path: Path, instances: tuple[str, ...], mode: Mode, includes: tuple[Path, ...]) -> Path:
-    """The library of a kernel file, with a door for each of the instances."""
+    """The library of a kernel file, with a door for each of the instances. CompileError with the compiler's words."""
+    if host := _source.host_header(source):
+        raise CompileError(
+            f"{path}:{host[0]}: a kernel has no C++ standard library, and the file includes <{host[1]}>: leave it out, "
+            "or put it, with the host code that needs it, between #ifndef MLSYS and #endif"
+        )
     doors = "".join(f"MLSYS_EXPORT({i}, {name})\n" for i, name in enumerate(instances))
     text = f'#line 1 "{path}"\n{source}\n#line 1 "mlsys"\n#include "mlsys_module.h"\n{doors}'
     checked = mode != "run"
     with_runtime = runtime(checked)
-    flags = [*_KERNEL, *_MEANING, *(_CHECKED if checked else _FAST)]
-    if "clang" in Path(compiler()).name:
-        flags += (
-            ["-mllvm", "-tsan-distinguish-volatile", "-mllvm", "-tsan-instrument-func-entry-exit=0"] if checked else []
-        )
-    else:
-        flags.append("-fno-gnu-unique")
-        flags += ["--param=tsan-distinguish-volatile=1", "--param=tsan-instrument-func-entry-exit=0"] if checked else []
-    flags += _PROFILED if mode == "profile" else ()
+    dialect = _dialect()
+    flags = [*_KERNEL, *_MEANING, *dialect.always, *(_CHECKED + dialect.checked if checked else _FAST)]
+    flags += _PROFILED + dialect.profiled if mode == "profile" else ()
     if "__device_variable__" in source:
-        flags += ["-DMLSYS_DEVICE_VARIABLES"] + (
-            ["-fno-toplevel-reorder"] if "clang" not in Path(compiler()).name else []
-        )
+        flags += ["-DMLSYS_DEVICE_VARIABLES", *dialect.in_order]
     folders = [HEADERS, WRAPPERS, path.parent, *includes]
     flags += [f"-I{folder}" for folder in folders] + ["-include", "mlsys_cuda.h"]
     headers = [p.read_text(errors="replace") for folder in folders for p in sorted(_headers(folder))]
@@ -127,8 +172,35 @@ def kernel_library(source: str, path: Path, instances: tuple[str, ...], mode: Mo
         return folder() / name
     with tempfile.TemporaryDirectory() as scratch:
         obj = Path(scratch) / "kernel.o"
-        _run([compiler(), *flags, "-c", "-", "-o", str(obj)], text)
+        try:
+            _run([compiler(), *flags, "-c", "-", "-o", str(obj)], text)
+        except CompileError as refused:
+            raise CompileError(f"{refused}{_hint(str(refused))}") from None
+        _refuse_constructors(obj, path)
         return _built(name, ["-shared", str(obj), str(with_runtime)])
+
+
+def _hint(words: str) -> str:
+    """What to do about a header that is not there, if that is what the compiler says."""
+    missing = re.search(r"fatal error: '?([^\s:']+)'?(?:: No such file| file not found)", words)
+    if missing is None:
+        return ""
+    if _FOR_GPUS.match(missing[1]):
+        return (
+            f"\n{missing[1]} belongs to a library for GPUs, which a processor has not: write out what it would do, or "
+            "put its use between #ifndef MLSYS_CPU and #endif"
+        )
+    return f"\n{missing[1]} is not beside the file: name its folder, load(…, includes=[…])"
+
+
+def _refuse_constructors(obj: Path, path: Path) -> None:
+    """Of shared variables, since CUDA runs none; g++ refuses them itself (mlsys_cuda.h), clang has no word for it."""
+    symbols = subprocess.run(["nm", "-C", str(obj)], capture_output=True, text=True, check=True).stdout
+    if guarded := re.findall(r"guard variable for (.*)", symbols):
+        raise CompileError(
+            f"{path}: no constructor runs for a __shared__ variable, and {', '.join(guarded)} has one: "
+            "let the threads give it its values"
+        )
 
 
 def folder() -> Path:

@@ -74,11 +74,11 @@ class Library:
 
     def __init__(self, library: Any = None) -> None:
         try:
-            self.library = library or ctypes.CDLL("libcuda.so.1")
+            self.cuda = library or ctypes.CDLL("libcuda.so.1")
         except OSError as error:
             raise CudaError(f"NVIDIA's driver is not installed, launching on a GPU needs it: {error}") from None
         for name, types in _PROTOTYPES.items():
-            getattr(self.library, name).argtypes = types
+            getattr(self.cuda, name).argtypes = types
         self.call("cuInit", 0)
 
     def version(self) -> tuple[int, int]:
@@ -117,17 +117,17 @@ class Library:
 
     def call(self, name: str, *args: object) -> None:
         """CudaError unless it succeeds."""
-        status = getattr(self.library, name)(*args)
+        status = getattr(self.cuda, name)(*args)
         if status:
             words = [ctypes.c_char_p(), ctypes.c_char_p()]
-            self.library.cuGetErrorName(status, ctypes.byref(words[0]))
-            self.library.cuGetErrorString(status, ctypes.byref(words[1]))
+            self.cuda.cuGetErrorName(status, ctypes.byref(words[0]))
+            self.cuda.cuGetErrorString(status, ctypes.byref(words[1]))
             raise CudaError(f"{name}: " + ": ".join((w.value or b"unknown").decode() for w in words))
 
 
 class _LibraryFunction:
     def __init__(self, library: Library, context: ctypes.c_void_p, handle: ctypes.c_void_p) -> None:
-        self.library, self.context, self.handle, self.allowed = library, context, handle, 0
+        self.driver, self.context, self.handle, self.allowed = library, context, handle, 0
 
     def launch(
         self,
@@ -137,11 +137,11 @@ class _LibraryFunction:
         stream: int,
         pointers: ctypes.Array[ctypes.c_void_p],
     ) -> None:
-        with self.library.current(self.context):
+        with self.driver.current(self.context):
             if shared > self.allowed:  # above 48 KB a kernel has to ask for it
-                self.library.call("cuFuncSetAttribute", self.handle, _MAX_DYNAMIC_SHARED, shared)
+                self.driver.call("cuFuncSetAttribute", self.handle, _MAX_DYNAMIC_SHARED, shared)
                 self.allowed = shared
-            self.library.call("cuLaunchKernel", self.handle, *grid, *block, shared, stream or None, pointers, None)
+            self.driver.call("cuLaunchKernel", self.handle, *grid, *block, shared, stream or None, pointers, None)
 
 
 class Core:

@@ -47,7 +47,7 @@ class Reader:
     def __init__(
         self, library: Path, path: Path, text: str, parameters: Sequence[str], grid: Index, block: Index
     ) -> None:
-        self.library, self.path = library, path
+        self.binary, self.path = library, path
         self.lines = text.splitlines()
         self._places: dict[int, tuple[str, int]] = {}
         variables = shared_variables(library)
@@ -56,6 +56,7 @@ class Reader:
     def read(self, lines: Sequence[Line]) -> list[Finding]:
         """In the order in which one should look at them; each place once."""
         told = [line.fields for line in lines if line.fields[0] not in COUNTS]
+        told = [f for f in told if f[0] != "unfinished"] or told  # it says less than where the others were
         self.locate({number(f[1]) for f in told} | {number(f[10]) for f in told if f[0] == "race"})
         found = [self._one(*fields) for fields in told if not self._is_first_guess(*fields)]
         racing = {(f.file, line) for f in found if f.kind == "race" for line in (f.line, f.other_line)}
@@ -79,7 +80,7 @@ class Reader:
         if not wanted:
             return
         # One back: what is known is where a call returns to. Of inlined calls, the innermost in a user's file.
-        command = ["addr2line", "-i", "-a", "-e", str(self.library), *(hex(pc - 1) for pc in wanted)]
+        command = ["addr2line", "-i", "-a", "-e", str(self.binary), *(hex(pc - 1) for pc in wanted)]
         at = None
         for row in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
             if row.startswith("0x"):
@@ -88,7 +89,7 @@ class Reader:
             file, _, line = row.split(" (")[0].rpartition(":")
             name = Path(file).name
             if at is not None and at not in self._places and line.isdigit() and not name.startswith("mlsys_"):
-                self._places[at] = (str(self.path) if name == "<stdin>" else file, int(line))
+                self._places[at] = (str(self.path) if name in ("<stdin>", "-") else file, int(line))
 
     def _is_first_guess(self, kind: str, pc: str, *fields: str) -> bool:
         """Whether a race is between an atomic and the plain read before a loop of atomicCAS, which puts it right."""

@@ -7,6 +7,7 @@ first six are its arguments, in the order in which checker.cpp and scheduler.cpp
 from __future__ import annotations
 
 import bisect
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -201,7 +202,8 @@ def _out_of_shared(launch: Launch, here: Here, *fields: str) -> Message:
 
 
 def _index(launch: Launch, here: Here, array: str, index: str) -> Message:
-    text = f"{here} uses index {index} in an array of type {array.strip(chr(39))}"
+    kind = re.sub(r"(?<=\w)\[", " [", array.strip("'"), count=1)  # clang writes float[16], g++ float [16]
+    text = f"{here} uses index {index} in an array of type {kind}"
     return Message("out-of-bounds", text, "check the index against the array's size")
 
 
@@ -309,6 +311,10 @@ def _endless(launch: Launch, here: Here, _: str) -> Message:
     return Message("endless-loop", f"time is up, and {here} was here", hint)
 
 
+def _unfinished(launch: Launch, here: Here, _: str) -> Message:
+    return Message("endless-loop", "time was up before all blocks had run", "give the launch limit=…, in seconds")
+
+
 def _invalid_address(launch: Launch, here: Here, address: str) -> Message:
     text = f"{here} used an address that is not memory, or not aligned ({address})"
     return Message("invalid-address", text, "check() finds the access that is out of bounds")
@@ -342,6 +348,7 @@ _KINDS: dict[str, Callable[..., Message]] = {
     "stuck": _stuck,
     "assertion": _assertion,
     "endless": _endless,
+    "unfinished": _unfinished,
     "invalid-address": _invalid_address,
     "division": _division,
     "stack-overflow": _stack_overflow,

@@ -105,7 +105,7 @@ class NoNVRTC(RuntimeError):
 class Toolkit:
     """An NVRTC, its version, and where CUDA's headers are."""
 
-    library: Path
+    file: Path
     version: tuple[int, int]
     includes: tuple[Path, ...]
 
@@ -185,7 +185,7 @@ def toolkits() -> tuple[Toolkit, ...]:
 @cache
 def architectures(toolkit: Toolkit) -> tuple[str, ...]:
     """What it compiles for; an architecture's own instructions have its name with an `a`, from sm_90a on."""
-    library = _library(toolkit.library)
+    library = _library(toolkit.file)
     count = ctypes.c_int()
     _call(library, "nvrtcGetNumSupportedArchs", ctypes.byref(count))
     numbers = (ctypes.c_int * count.value)()
@@ -197,19 +197,19 @@ class _Program:
     """One compilation: NVRTC's own object, and the calls on it."""
 
     def __init__(self, toolkit: Toolkit, text: str, path: Path) -> None:
-        self.toolkit, self.library, self.path = toolkit, _library(toolkit.library), path
+        self.toolkit, self.nvrtc, self.path = toolkit, _library(toolkit.file), path
         self.handle = ctypes.c_void_p()
         self._text = text.encode()
 
     def compile(self, instances: Sequence[str], arch: str, options: Sequence[str]) -> Compiled:
         _call(
-            self.library, "nvrtcCreateProgram", ctypes.byref(self.handle), self._text, str(self.path).encode(),
+            self.nvrtc, "nvrtcCreateProgram", ctypes.byref(self.handle), self._text, str(self.path).encode(),
             len(_HEADERS), _strings(_HEADERS.values()), _strings(_HEADERS),
         )  # fmt: skip
         try:
             for instance in instances:
                 self.call("nvrtcAddNameExpression", instance.encode())
-            status = self.library.nvrtcCompileProgram(self.handle, len(options), _strings(options))
+            status = self.nvrtc.nvrtcCompileProgram(self.handle, len(options), _strings(options))
             log = self.output("nvrtcGetProgramLog").rstrip(b"\0").decode(errors="replace")
             if status:
                 raise CompileError(self.complaint(status, log, arch))
@@ -221,10 +221,10 @@ class _Program:
             ptx = self.output("nvrtcGetPTX").rstrip(b"\0").decode()
             return Compiled(arch, self.output("nvrtcGetCUBIN"), ptx, names, log, str(self.toolkit))
         finally:
-            self.library.nvrtcDestroyProgram(ctypes.byref(self.handle))
+            self.nvrtc.nvrtcDestroyProgram(ctypes.byref(self.handle))
 
     def call(self, name: str, *args: object) -> None:
-        _call(self.library, name, self.handle, *args)
+        _call(self.nvrtc, name, self.handle, *args)
 
     def output(self, name: str) -> bytes:
         size = ctypes.c_size_t()
@@ -234,7 +234,7 @@ class _Program:
         return out.raw
 
     def complaint(self, status: int, log: str, arch: str) -> str:
-        words = _NOISE.sub("", log).strip() or _message(self.library, status)
+        words = _NOISE.sub("", log).strip() or _message(self.nvrtc, status)
         return f"{self.toolkit} refused {self.path.name} for {arch}:\n{words}{self.hint(words)}"
 
     def hint(self, words: str) -> str:

@@ -150,7 +150,7 @@ def read_profile(kernel: str, lines: Sequence[Line], reader: Reader, names: Sequ
         )
     runs = {number(x.fields[1]): int(x.fields[6]) for x in lines if x.fields[0] == "ran"}
     matrix = sum(int(x.fields[6]) for x in lines if x.fields[0] == "matrix")
-    per_block = _flops_of_blocks(reader.library) if runs else {}
+    per_block = _flops_of_blocks(reader.binary) if runs else {}
     flops = matrix + sum(count * per_block.get(at, 0) for at, count in runs.items())
     return Profile(kernel, reader.path, tuple(reader.lines), accesses, tensors, flops)
 

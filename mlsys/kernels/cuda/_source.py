@@ -14,8 +14,15 @@ _DYNAMIC = re.compile(r"\bextern\s+__shared__\s+([^;(]*?(?:\([^)]*\)[^;(]*?)*?)\
 _GLOBAL = re.compile(r"\b__device__\b(?=([^;({=\[]*)[;={\[])")
 _ALIGNMENT = re.compile(r"(?:__align__|alignas)\s*\([^)]*\)|__attribute__\s*\(\(.*?\)\)")
 _DEFINE = re.compile(r"^[ \t]*#[ \t]*define\b(?:[^\n\\]|\\.)*", re.MULTILINE | re.DOTALL)
+_INCLUDE = re.compile(r"\s*#\s*include\s*<(\w+)>")
+_CONDITION = re.compile(r"\s*#\s*(if\w*|endif)\b")
 _BRACES = re.compile(r"\bnamespace\b\s*([\w:]*)\s*\{|[{}]")
 _NAME = re.compile(r"[A-Za-z_]\w*")
+# C++ headers that a kernel file may name: what is in them has a meaning on a GPU, and NVRTC is given them too
+STANDARD = frozenset(
+    ("array", "cassert", "cfloat", "climits", "cmath", "cstddef", "cstdint", "cstdio", "cstdlib", "cstring")
+    + ("initializer_list", "limits", "tuple", "type_traits", "utility")
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,17 @@ def for_device_only(text: str) -> str:
             depth -= 1
         out.append("\n" if hidden else line)
     return "".join(out)
+
+
+def host_header(text: str) -> tuple[int, str] | None:
+    """The first standard header that no kernel can use, and its line: <vector>. What stands under an #if is let be."""
+    depth = 0
+    for number, line in enumerate(without_comments(text).splitlines(), 1):
+        if condition := _CONDITION.match(line):
+            depth += -1 if condition[1] == "endif" else 1
+        elif not depth and (included := _INCLUDE.match(line)) and included[1] not in STANDARD:
+            return number, included[1]
+    return None
 
 
 def for_processor(text: str) -> str:

@@ -142,6 +142,8 @@ def by_calculator(calculator, arch, threads, registers, shared, barriers):
     barriers=st.integers(0, 16),
 )
 def test_occupancy_is_what_nvidias_calculator_says(calculator, arch, threads, registers, shared, barriers):
+    if arch == "sm_103" and _nvrtc.newest().version < (13, 5):
+        barriers = min(barriers, 1)  # the calculator of CUDA 13.0 has twice as many for it as that of 13.5
     found = occupancy(arch, threads, registers, shared, barriers=barriers)
     assert found.blocks == by_calculator(calculator, arch, threads, registers, shared, barriers)
     assert found.warps == found.blocks * -(-threads // 32)

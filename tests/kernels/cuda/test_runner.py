@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlsys.kernels.cuda import CompileError, KernelError, _build, check, load, profile, source
+from mlsys.kernels.cuda import CompileError, KernelError, _build, _nvrtc, _source, check, load, profile, source
 
 FILES = Path(__file__).parent / "files"
 INT = torch.int32
@@ -198,15 +198,51 @@ def test_a_kernel_that_is_not_there(kernels):
 def test_an_error_of_the_compiler_is_shown_with_the_students_line(tmp_path):
     path = tmp_path / "typo.cu"
     path.write_text("__global__ void k(float *x) {\n  x[0] = y;\n}\n")
-    with pytest.raises(CompileError, match=r"typo\.cu:2:.*y.* was not declared"):
+    with pytest.raises(CompileError, match=r"typo\.cu:2:.*y.* was not declared|undeclared identifier 'y'"):
         load(path)["k"](1, 1, zeros(1))
 
 
 def test_a_library_that_a_processor_has_not_is_named(tmp_path):
     path = tmp_path / "scan.cu"
     path.write_text("#include <cub/cub.cuh>\n__global__ void k(float *x) { x[0] = 0; }\n")
-    with pytest.raises(CompileError, match=r"scan\.cu:1:.*cub/cub\.cuh"):
+    with pytest.raises(CompileError, match=r"(?s)scan\.cu:1:.*cub/cub\.cuh belongs to a library for GPUs.*MLSYS_CPU"):
         load(path)["k"](1, 1, zeros(1))
+
+
+@pytest.mark.parametrize("header", ["cuda/std/array", "thrust/device_ptr.h", "cutlass/cutlass.h", "curand_kernel.h"])
+def test_so_is_any_other(tmp_path, header):
+    path = tmp_path / "k.cu"
+    path.write_text(f"#include <{header}>\n__global__ void k(float *x) {{ x[0] = 0; }}\n")
+    with pytest.raises(CompileError, match=f"{header} belongs to a library for GPUs"):
+        load(path)["k"](1, 1, zeros(1))
+
+
+def test_a_header_that_is_not_there_is_named_with_the_remedy(tmp_path):
+    path = tmp_path / "k.cu"
+    path.write_text('#include "mine/tiles.cuh"\n__global__ void k(float *x) { x[0] = 0; }\n')
+    with pytest.raises(CompileError, match=r"mine/tiles\.cuh is not beside the file: .*includes="):
+        load(path)["k"](1, 1, zeros(1))
+
+
+@pytest.mark.parametrize("header", ["vector", "iostream", "string", "algorithm"])
+def test_a_kernel_has_no_standard_library(tmp_path, header):
+    path = tmp_path / "host.cu"
+    path.write_text(f"#include <cstdint>\n#include <{header}>\n__global__ void k(float *x) {{ x[0] = 0; }}\n")
+    with pytest.raises(CompileError, match=rf"host\.cu:2: .*<{header}>: leave it out, or put it.*#ifndef MLSYS"):
+        load(path)["k"](1, 1, zeros(1))
+
+
+def test_a_header_for_host_code_is_hidden_with_it(tmp_path):
+    path = tmp_path / "both.cu"
+    hidden = "#ifndef MLSYS\n#include <vector>\nint main() { return (int)std::vector<int>(1).size(); }\n#endif\n"
+    path.write_text(f"{hidden}// #include <iostream>\n__global__ void k(float *x) {{ x[0] = 2; }}\n")
+    x = zeros(1)
+    load(path)["k"](1, 1, x)
+    assert x.item() == 2
+
+
+def test_a_file_may_name_the_same_standard_headers_here_and_on_a_gpu():
+    assert {name for name in _nvrtc._HEADERS if "." not in name} == _source.STANDARD
 
 
 @pytest.mark.parametrize(
@@ -399,6 +435,21 @@ def test_stopping_kernels_often_harms_no_other(tmp_path):
     command = [sys.executable, "-c", STOPPED_OFTEN, path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout == "300 0\n", (done.returncode, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("code", "grid", "line"),
+    [("while (*(volatile int *)x == 0)\n    __syncthreads();", 2, 3), ("(void)x;", 2**31 - 1, 0)],
+    ids=["between barriers", "between blocks"],
+)
+def test_a_launch_whose_time_is_up_in_the_runtime_is_not_taken_for_finished(tmp_path, code, grid, line):
+    path = tmp_path / "long.cu"
+    path.write_text(f"__global__ void k(int *x) {{\n  {code}\n}}\n")
+    kernel = load(path)["k"]
+    with pytest.raises(KernelError, match=r"time (is|was) up") as error:
+        kernel(grid, 64, torch.zeros(1, dtype=torch.int32), limit=0.05)
+    assert {finding.kind for finding in error.value.findings} == {"endless-loop"}
+    assert {finding.line for finding in error.value.findings} <= {0, line, max(line - 1, 0)}
 
 
 FORKED = """

@@ -749,6 +749,11 @@ MLSYS_API void __tsan_atomic_signal_fence(int) {}
     touch((char *)p, N / 8, ATOMIC, PC);                                                         \
     return __atomic_compare_exchange_n(p, e, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);      \
   }                                                                                              \
+  MLSYS_API T __tsan_atomic##N##_compare_exchange_val(volatile T *p, T e, T v, int, int) {       \
+    touch((char *)p, N / 8, ATOMIC, PC);                                                         \
+    __atomic_compare_exchange_n(p, &e, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);            \
+    return e;                                                                                    \
+  }                                                                                              \
   FETCH(N, T, add) FETCH(N, T, sub) FETCH(N, T, and) FETCH(N, T, or) FETCH(N, T, xor)
 ATOMICS(8, uint8_t) ATOMICS(16, uint16_t) ATOMICS(32, uint32_t) ATOMICS(64, uint64_t) struct OutOfBounds {
   const char *file;

@@ -79,7 +79,7 @@ mlsys_resume:
 
 namespace mlsys {
 
-thread_local Worker *self = nullptr;
+constinit thread_local Worker *self = nullptr;
 
 // --- fibers ----------------------------------------------------------------------------------------------------------
 
@@ -394,6 +394,7 @@ static void run_block(Worker *w) {
     t.state = State::fresh;
     t.half = 0;
     t.stack = -1;
+    t.place = {};
     t.index[0] = i % dim[0];
     t.index[1] = i / dim[0] % dim[1];
     t.index[2] = i / (dim[0] * dim[1]);
@@ -549,6 +550,20 @@ static Worker *worker() {
   return self;
 }
 
+static int64_t block_count(const Launch *launch) {
+  return (int64_t)launch->grid[0] * launch->grid[1] * launch->grid[2];
+}
+
+// The stop came while the scheduler was at work: its signal has hit no thread.
+static void time_was_up(Worker *w, bool in_block) {
+  if (in_block) {
+    const Thread &last = w->t[w->current];
+    report("endless", nullptr, last.state == State::done ? Place{} : last.place, "");
+  } else if (__atomic_load_n(w->launch->next, __ATOMIC_RELAXED) < block_count(w->launch)) {
+    report("unfinished", nullptr, {}, "");
+  }
+}
+
 // Runs blocks until there are no more. 0, or 1 if one of them was abandoned; what was found is in launch->out.
 extern "C" MLSYS_API int mlsys_run(Launch *launch, const Module *module, void (*body)(void *), void *arg) {
   Worker *w = worker();
@@ -559,7 +574,8 @@ extern "C" MLSYS_API int mlsys_run(Launch *launch, const Module *module, void (*
   memcpy(module->block_dim, launch->block, sizeof launch->block);
   memcpy(module->grid_dim, launch->grid, sizeof launch->grid);
   const unsigned *g = launch->grid;
-  int64_t blocks = (int64_t)g[0] * g[1] * g[2];
+  int64_t blocks = block_count(launch);
+  bool in_block = false;
   signal_kind = nullptr;
   install();
   check_launch();
@@ -569,7 +585,9 @@ extern "C" MLSYS_API int mlsys_run(Launch *launch, const Module *module, void (*
     module->block_index[1] = (unsigned)(i / g[0] % g[1]);
     module->block_index[2] = (unsigned)(i / ((int64_t)g[0] * g[1]));
     run_block(w);
+    in_block = w->living > 0;
   }
+  if (!w->ended && *launch->stop) time_was_up(w, in_block);
   if (signal_kind) {
     w->in_kernel = false;
     char s[32];

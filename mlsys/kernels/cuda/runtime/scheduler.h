@@ -14,8 +14,13 @@ namespace mlsys {
 
 enum class State : uint8_t { fresh, ready, at_block, at_warp, at_mbarrier, done };
 
-// A stack is 16 pages, and a page that may not be touched lies below it.
-constexpr size_t page = 4096, stack_size = 16 * page, stack_stride = stack_size + page;
+// Below a stack lies a page that may not be touched.
+#if defined(__aarch64__)
+constexpr size_t page = 64 << 10;  // the largest that Linux has there; smaller ones do as well
+#else
+constexpr size_t page = 4 << 10;
+#endif
+constexpr size_t stack_size = 64 << 10, stack_stride = stack_size + page;
 constexpr int max_threads = 1024, warp_size = 32, max_barriers = 16;
 
 struct Place {
@@ -97,7 +102,8 @@ struct Worker {
   int findings = 0;
 };
 
-extern thread_local Worker *self __attribute__((tls_model("initial-exec"), visibility("hidden")));
+// constinit: no code of the compiler asks at each use whether it has been made.
+extern constinit thread_local Worker *self __attribute__((tls_model("initial-exec"), visibility("hidden")));
 
 [[noreturn]] void abandon();  // leave this block, and run no other
 void report(const char *kind, const void *pc, Place place,

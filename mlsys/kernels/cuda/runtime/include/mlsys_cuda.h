@@ -22,9 +22,15 @@
 #define __device__
 #define __host__
 // A `__device__` variable, as _source.py tells it from a function: its pages are shared by all workers.
-#define __device_variable__ __attribute__((section("mlsys_device")))
+#define __device_variable__ __attribute__((section("mlsys_device"), used))
 #define __constant__ static
-#define __shared__ static __constinit   // no code may run for it, as in CUDA: not even a guard's
+// No code may run for a shared variable, as in CUDA: not even a guard's. _build.py sees to that for clang, which takes
+// only a constexpr constructor for none.
+#ifdef __clang__
+#define __shared__ static
+#else
+#define __shared__ static __constinit
+#endif
 #define __managed__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
@@ -37,6 +43,12 @@
 #define __grid_constant__
 #define __restrict__ __restrict
 #define __builtin_align__(n) __attribute__((aligned(n)))
+
+#ifdef __aarch64__   // the largest page that Linux has there
+#define MLSYS_PAGE 65536
+#else
+#define MLSYS_PAGE 4096
+#endif
 
 using uint = unsigned int;
 using uchar = unsigned char;
@@ -107,14 +119,18 @@ extern MLSYS_HIDDEN dim3 blockDim, gridDim;
 static constexpr int warpSize = 32;
 
 #ifdef MLSYS_DEVICE_VARIABLES   // they lie between these two, on pages of their own
-MLSYS_HIDDEN __device_variable__ char mlsys_device_first[4096] __attribute__((aligned(4096))) = {1};
+MLSYS_HIDDEN __device_variable__ char mlsys_device_first[MLSYS_PAGE] __attribute__((aligned(MLSYS_PAGE))) = {1};
 #endif
 
 // A dynamic shared array, `extern __shared__ T name[]`, is rewritten to a pointer to this.
 extern MLSYS_HIDDEN char mlsys_dynamic_shared[];
 
 // Not instrumented: what is here is the machine, not the kernel.
+#ifdef __clang__   // which instruments atomic operations all the same, if not told otherwise
+#define MLSYS_RAW __attribute__((no_sanitize("thread"), no_sanitize("undefined"), disable_sanitizer_instrumentation))
+#else
 #define MLSYS_RAW __attribute__((no_sanitize("thread"), no_sanitize("undefined")))
+#endif
 #define MLSYS_AT const char *file = __builtin_FILE(), int line = __builtin_LINE()
 #ifdef MLSYS_CHECK
 #define MLSYS_ATOMIC(p) mlsys::atomic_access((void *)(p), sizeof *(p), __builtin_return_address(0))
@@ -235,10 +251,17 @@ MLSYS_REDUCE(and, a & b) MLSYS_REDUCE(or, a | b) MLSYS_REDUCE(xor, a ^ b)
 
 // --- atomics ---------------------------------------------------------------------------------------------------------
 namespace mlsys {
+template <size_t Bytes> using Word = std::conditional_t<Bytes == 1, uint8_t, std::conditional_t<Bytes == 2, uint16_t,
+    std::conditional_t<Bytes == 4, uint32_t, std::conditional_t<Bytes == 8, uint64_t, unsigned __int128>>>>;
 template <class T, class Op> MLSYS_RAW inline T exchange(T *p, Op op) {
-  T old, now;
-  __atomic_load(p, &old, __ATOMIC_RELAXED);
-  do now = op(old); while (!__atomic_compare_exchange(p, &old, &now, true, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED));
+  using Bits = Word<sizeof(T)>;   // compilers exchange numbers; a half2 may have a copy constructor of its own
+  Bits seen = __atomic_load_n((Bits *)p, __ATOMIC_RELAXED), next;
+  T old;
+  do {
+    memcpy((void *)&old, &seen, sizeof old);
+    T now = op(old);
+    memcpy(&next, (const void *)&now, sizeof next);
+  } while (!__atomic_compare_exchange_n((Bits *)p, &seen, next, true, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED));
   return old;
 }
 }  // namespace mlsys

@@ -6,8 +6,8 @@ MLSYS_BUILTIN uint3 threadIdx, blockIdx;
 MLSYS_BUILTIN dim3 blockDim, gridDim;
 alignas(1024) char mlsys_dynamic_shared[228 * 1024];
 #ifdef MLSYS_DEVICE_VARIABLES
-MLSYS_HIDDEN __device_variable__ char mlsys_device_last[4096] __attribute__((aligned(4096))) = {1};
-#define MLSYS_DEVICE mlsys_device_first + 4096, mlsys_device_last
+MLSYS_HIDDEN __device_variable__ char mlsys_device_last[MLSYS_PAGE] __attribute__((aligned(MLSYS_PAGE))) = {1};
+#define MLSYS_DEVICE mlsys_device_first + MLSYS_PAGE, mlsys_device_last
 #else
 #define MLSYS_DEVICE nullptr, nullptr
 #endif
