@@ -26,7 +26,7 @@ bench: $(READY)  ## run the benchmarks in their quick size; writes report/index.
 	@$(BIN)/mlsys bench --quick --report report
 
 test: $(READY) lint types  ## everything that must hold: tests, lint, types, layout
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 lint: $(READY)  ## ruff: style and format
 	$(BIN)/ruff check .

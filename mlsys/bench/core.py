@@ -94,6 +94,8 @@ class Benchmark:
     subject:  the implementation that the summary is about.
     prepare:  (function, case, inputs) → a call without arguments: what is timed. One that works in place has a method
               `reset`, which is called before each sample and each further check, and is in no time.
+    compared: the cases in which the reference does the same work as the others; elsewhere it only checks them, and no
+              "÷ reference" is said.
     yours:    the cases that a user's function takes part in: it need not do all that ours do.
     verify:   (case, inputs, got, want) → (error, largest error allowed).
     figures:  (case, inputs, prepared call's result) → further figures, such as recall.
@@ -107,6 +109,7 @@ class Benchmark:
     plots:    what the pictures show; `pictures` are further ones: name → (records → SVG, or None with nothing to draw).
     budget_s: seconds for the rounds of a case, where a call takes so long that the usual ones hold too few; not with
               --quick.
+    data:     (path, metric or None, size) → the cases on a file of the user's, for `--data`; None: it takes none.
     stateful: whether a call goes on from the last, as training steps do; else each gives the same result. Then the
               n-th call of one is verified against the n-th of the reference, and no call is repeated in a sample.
     """
@@ -121,10 +124,12 @@ class Benchmark:
     verify: Callable[[Case, Any, Any, Any], tuple[float, float]]
     figures: Callable[[Case, Any, Any], dict[str, float]] = lambda case, inputs, got: {}
     series: Callable[[Case, Any, Any], dict[str, list[Any]]] = lambda case, inputs, got: {}
+    compared: Callable[[Case], bool] = lambda case: True
     yours: Callable[[Case], bool] = lambda case: True
     ranks: Callable[[Case], int] | None = None
     contract: str | None = None
     budget_s: float = 0.0
+    data: Callable[[str, str | None, Size], Sequence[Case]] | None = None
     stateful: bool = False
     memory: bool = False
     counted: Callable[[str, str], bool] = lambda impl, device: False
@@ -318,7 +323,7 @@ def measure(
             seconds=sample.median,
             quartiles=sample.quartiles,
             runs=len(sample.seconds),
-            ratio_to_reference=_ratio(samples, name, bench.reference),
+            ratio_to_reference=_ratio(samples, name, bench.reference if bench.compared(case) else None),
             ratio_to_peer=_ratio(samples, name, peer),
             peer=peer,
             share=limits.seconds(work.flops, work.bytes) / sample.median if work.flops or work.bytes else None,

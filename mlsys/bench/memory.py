@@ -41,7 +41,7 @@ def peak_bytes(run: Callable[[], Any], device: str = "cpu") -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler's library talks to stderr on every start
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         run()
     held = most = 0
     events = recorded.profiler.kineto_results.events()

@@ -2,9 +2,9 @@
 
 Implementations are timed in turn within each round, so that a neighbour's load
 or a clock that drops falls on all alike, and a ratio is the median of the
-rounds' ratios, not the ratio of two medians taken minutes apart. The order
-rotates from round to round, so that nobody always runs behind the same
-cache-clearing neighbour.
+rounds' ratios, not the ratio of two medians taken minutes apart. The order is
+shuffled in each round, so that nobody always runs behind the same
+cache-clearing neighbour (as everybody would if the order only rotated).
 
 A time with fewer than five runs, or whose interquartile range exceeds a fifth of
 its median, is called noisy. A ratio is judged by itself, for what disturbs both
@@ -140,6 +140,7 @@ def interleave(
         repeats[name] = 1 if device == "cuda" else max(1, min(max_repeats, round(min_sample_s / max(once, 1e-9))))
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
+    order = random.Random(0)  # the same for all that measure together
     start = time.perf_counter()
     for done in range(max_rounds):
         spent = max(everyone(time.perf_counter() - start))
@@ -149,8 +150,8 @@ def interleave(
         chosen = everyone(dice.randrange(done + 1) == 0)[
             0
         ]  # in the end each round is the one kept with the same chance
-        shift = done % len(names)
-        for name in names[shift:] + names[:shift]:
+        order.shuffle(names)
+        for name in names:
             before(name)
             keeping = chosen and name in kept
             everyone(None)  # they start together

@@ -11,7 +11,7 @@ __all__ = ["Claim", "Reproduced", "all_claims", "as_markdown", "reproduce", "row
 
 def all_claims() -> list[Claim]:
     """Every claim, in the order of the packages."""
-    from mlsys.claims import attention, kernels, models, parallel, perf, retrieval
+    from mlsys.claims import attention, kernels, models, parallel, perf, quant, retrieval
 
     return [
         *perf.CLAIMS,
@@ -19,6 +19,7 @@ def all_claims() -> list[Claim]:
         *kernels.CLAIMS,
         *attention.CLAIMS,
         *models.CLAIMS,
+        *quant.CLAIMS,
         *retrieval.CLAIMS,
     ]
 

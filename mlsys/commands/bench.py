@@ -48,6 +48,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", action="append", metavar="DTYPE", help="only cases of this dtype, such as bfloat16")
     parser.add_argument(
+        "--data", metavar="FILE", help="on your own vectors: HDF5 as of ann-benchmarks, fvecs, ivecs, bvecs or npy"
+    )
+    parser.add_argument("--metric", choices=("l2", "ip", "cosine"), help="of --data, where its file does not say (l2)")
+    parser.add_argument(
         "--threads", type=int, default=1, metavar="N", help="pin torch, BLAS and numba to N (default 1)"
     )
     parser.add_argument("--save", action="store_true", help="merge the records into results/<machine>/")
@@ -77,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     for bench in benches:
         try:
             chosen = bench.with_peers(args.peer) if args.peer and len(benches) == 1 else bench
+            chosen = _on_data(chosen, args, size) if args.data else chosen
             cases = chosen.select(size, args.dtype, args.device)
         except ValueError as error:
             raise UsageError(str(error)) from None
@@ -117,7 +122,28 @@ def _select(args: argparse.Namespace, known: list[str]) -> list[Benchmark]:
         raise UsageError("--impl needs the one technique it implements: mlsys bench NAME --impl FILE.py:FUNCTION")
     if args.peer and len(names) != 1:
         raise UsageError("--peer needs one technique: mlsys bench NAME --peer PEER")
-    return [find.load(name) for name in names]
+    if args.metric and not args.data:
+        raise UsageError("--metric is of --data: mlsys bench NAME --data FILE --metric METRIC")
+    benches = [find.load(name) for name in names]
+    if args.data:
+        able = [bench for bench in benches if bench.data]
+        if args.names and len(able) < len(benches):
+            odd = next(bench.name for bench in benches if not bench.data)
+            raise UsageError(f"--data: {odd} takes no vectors of yours; leave NAME out to run all that do")
+        return able
+    return benches
+
+
+def _on_data(bench: Benchmark, args: argparse.Namespace, size: Size) -> Benchmark:
+    """The same benchmark with the cases on the user's file. UsageError if that cannot be read."""
+    import dataclasses
+
+    assert bench.data is not None
+    try:
+        cases = bench.data(args.data, args.metric, size)
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(f"--data {error}") from None
+    return dataclasses.replace(bench, cases={**bench.cases, size: cases})
 
 
 def _benchmark(name: str, known: list[str]) -> str:

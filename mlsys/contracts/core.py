@@ -339,6 +339,16 @@ def _kind(value: Any) -> str:
     return "None" if value is None else f"{type(value).__name__} {reprlib.repr(value)}"
 
 
+def accepts(impl: Callable[..., Any], tensors: int, options: Mapping[str, Any], signature: str) -> None:
+    """Mismatch, with the signature that is wanted, if `impl` cannot take so many tensors and these options."""
+    try:
+        inspect.signature(impl).bind(*[None] * tensors, **options)
+    except TypeError as error:
+        raise Mismatch(f"cannot be called as {signature}: {error}") from None
+    except ValueError:
+        return  # a builtin that does not tell its signature
+
+
 def unchanged(before: Any, after: Any) -> bool:
     """Whether two inputs hold the same values (NaN equals NaN); what cannot be compared counts as unchanged."""
     if hasattr(before, "detach") or isinstance(before, np.ndarray):

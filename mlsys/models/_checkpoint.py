@@ -4,7 +4,7 @@ safetensors holds names, shapes and numbers, and nothing that runs when it is re
 check is of the header against the file's length; the SHA-256 here finds a changed bit as well.
 
 See also:
-    `mlsys.files` (one file, all at once), `mlsys.models.transformer` (`save` and `load`).
+    `mlsys.files` (one file, all at once), `mlsys.models.transformer` and `mlsys.quant.model` (`save` and `load`).
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ from mlsys.files import write_atomic
 KIND = "mlsys.models.transformer"
 
 
-def write(path: str | os.PathLike[str], config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Save `weights` and the JSON-able `config` as `path`, in place of the file there."""
+def write(
+    path: str | os.PathLike[str], config: Mapping[str, Any], weights: Mapping[str, Tensor], *, kind: str = KIND
+) -> None:
+    """Save `weights` and the JSON-able `config` as `path`, in place of the file there; `kind` is who can read it."""
     on_cpu = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
     text = json.dumps(dict(config))
-    metadata = {"kind": KIND, "config": text, "sha256": _checksum(text, on_cpu)}
+    metadata = {"kind": kind, "config": text, "sha256": _checksum(text, on_cpu)}
     write_atomic(path, safetensors.torch.save(on_cpu, metadata))
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read(path: str | os.PathLike[str], *, kind: str = KIND) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config and the weights of the model in `path`.
 
     ValueError if the file is damaged or holds something else; OSError as for `open`.
@@ -48,8 +50,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
             weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (no mapping)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is damaged, or no safetensors file ({error}): save the model again") from None
-    if metadata.get("kind") != KIND:
-        raise ValueError(f"{path} holds no model that mlsys.models.transformer.save wrote")
+    if metadata.get("kind") != kind:
+        raise ValueError(f"{path} holds no model that {kind}.save wrote")
     text = metadata.get("config", "")
     if metadata.get("sha256") != _checksum(text, weights):
         raise ValueError(f"{path} has a wrong checksum; it is damaged: save the model again")

@@ -5,7 +5,8 @@ connection; if it cannot, it asks the kernel again and is told the same at once,
 core of the very thread that is in a send and holds that lock: it preempts it, and spins until its time slice ends, some
 3 ms later. With as many ranks as cores that happens to every second message.
 
-A thread of the kernel's batch class gets the same share of the CPU, but preempts nobody when it wakes.
+A thread of the kernel's batch class gets the same share of the CPU, but preempts nobody when it wakes. The loops are
+known by their name; torch 2.11 gives them none, and there they stay as they are.
 """
 
 import contextlib

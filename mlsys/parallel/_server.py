@@ -244,14 +244,23 @@ def _describe(error: BaseException) -> bytes:
     except Exception as second:
         words = f"(its __str__ raised {type(second).__name__})"
     summary = f"raised {type(error).__name__}: {' '.join(words.split())}".removesuffix(": ")
-    report = (moment, summary, text, _travel.dump_error(error), _is_communication(error, words))
+    report = (moment, summary, text, _travel.dump_error(error), _is_communication(error))
     return pickle.dumps(report)
 
 
-def _is_communication(error: BaseException, words: str) -> bool:
-    """Whether this looks like the echo of another rank's failure."""
+def _is_communication(error: BaseException) -> bool:
+    """Whether this, or what it was raised from, looks like the echo of another rank's failure."""
     pattern = r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|gloo|NCCL|remote process"
-    return isinstance(error, ConnectionError | RuntimeError) and bool(re.search(pattern, words))
+    seen: list[BaseException] = []
+    at: BaseException | None = error
+    while at is not None and not any(at is other for other in seen):
+        if isinstance(at, ConnectionError | RuntimeError):
+            with contextlib.suppress(Exception):  # a __str__ that raises
+                if re.search(pattern, str(at)):
+                    return True
+        seen.append(at)
+        at = at.__cause__
+    return False
 
 
 def _become(request: dict[str, Any]) -> None:
