@@ -170,6 +170,24 @@ def catalogue_problems(root, contracts):
     return problems
 
 
+def reference_problems(root):
+    """`mlsys.package.module` or `mlsys.package.module.name` in a docstring or a page, where there is no such thing."""
+    problems = []
+    for path in sorted([*root.rglob("*.py"), *(root.parent / "docs").rglob("*.md")]):
+        for dotted in sorted(set(re.findall(r"`(mlsys(?:\.\w+)+)[`(]", path.read_text(encoding="utf-8")))):
+            parts = dotted.split(".")
+            source = root / "__init__.py"
+            for n in range(len(parts), 0, -1):
+                place = root.parent.joinpath(*parts[:n])
+                found = [file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()]
+                if found:
+                    source, parts = found[0], parts[n:]
+                    break
+            if parts and not re.search(rf"\b{parts[0]}\b", source.read_text(encoding="utf-8")):
+                problems.append(f"{path.relative_to(root.parent)} speaks of {dotted}, which is not there")
+    return problems
+
+
 # --- the library ------------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +220,10 @@ def test_every_public_module_has_its_test_and_a_benchmark():
 
 def test_every_technique_has_a_page():
     assert [technique.name for technique in catalog.techniques() if technique.docs is None] == []
+
+
+def test_what_is_referred_to_is_there():
+    assert reference_problems(catalog.PACKAGE) == []
 
 
 def test_catalogue_and_contracts_agree():
@@ -321,6 +343,17 @@ def test_module_without_test_or_benchmark_is_named(plant):
     both = "from mlsys.attention import flash, flash_triton"
     root = plant(**{"tests/attention/test_flash.py": both, "benchmarks/attention/flash.py": both})
     assert not any("flash" in problem for problem in coverage_problems(root))
+
+
+def test_reference_to_what_is_not_there_is_named(plant):
+    text = GOOD.replace("`b`", "`mlsys.attention.flash`, `mlsys.attention.flash.f(x)`, `mlsys.attention`, `{}`")
+    there, gone, nobody = (text.format(name) for name in ("mlsys.files", "mlsys.models.gpt", "mlsys.attention.flash.g"))
+    files = {"mlsys/__init__.py": "", "mlsys/files.py": "", "mlsys/attention/__init__.py": ""}
+    assert reference_problems(plant(**files, **{"mlsys/attention/up.py": there})) == []
+    assert reference_problems(plant(**files, **{"mlsys/attention/up.py": gone, "docs/page.md": nobody})) == [
+        "docs/page.md speaks of mlsys.attention.flash.g, which is not there",
+        "mlsys/attention/up.py speaks of mlsys.models.gpt, which is not there",
+    ]
 
 
 def test_contract_without_technique_and_technique_without_contract_are_named(plant):

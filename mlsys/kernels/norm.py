@@ -32,7 +32,7 @@ Papers:
     STAN-CS-79-773.
 
 See also:
-    `mlsys.kernels.norm_cuda` (the kernels), `mlsys.models.gpt` (where they stand).
+    `mlsys.kernels.norm_cuda` (the kernels), `mlsys.models.transformer` (where they stand).
 """
 
 from __future__ import annotations
