@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mlsys.bench import Benchmark, Impl, Plot, Record, Work
 from mlsys.quant import QuantizedTensor, Scheme, quantize
-from mlsys.quant.gptq import gptq, hessian, loss
+from mlsys.quant.gptq import gptq, hessian
 
 Case = Mapping[str, Any]
 BLOCK, DAMP = 128, 0.01  # of the paper
@@ -39,11 +39,21 @@ def case(scheme: str, rows: int, columns: int | None = None, **options: bool) ->
 
 @dataclass(frozen=True)
 class Inputs:
-    """Weights (R, K), Σ x xᵀ of 2K inputs (K, K), and the loss of round-to-nearest."""
+    """Weights (R, K), Σ x xᵀ of 2K inputs (K, K), and the squared outputs; those of what round-to-nearest leaves."""
 
     w: Tensor
     H: Tensor
+    size: float
     nearest: float
+
+    def loss(self, values: Tensor) -> float:
+        """As `mlsys.quant.gptq.loss`, in one product instead of two: the other is of w alone."""
+        return squared(self.w - values, self.H) / self.size
+
+
+def squared(m: Tensor, H: Tensor) -> float:
+    """tr(m H mᵀ)."""
+    return float(((m @ H) * m).sum(dtype=torch.float64))
 
 
 def inputs(case: Case, device: str) -> Inputs:
@@ -58,7 +68,8 @@ def inputs(case: Case, device: str) -> Inputs:
     x = draw(2 * columns, few) @ draw(few, columns) / math.sqrt(few) + 0.3 * draw(2 * columns, columns)
     H = hessian(x * torch.exp(0.5 * draw(columns)))
     w = 0.02 * draw(rows, columns)
-    return Inputs(w, H, loss(w, quantize(w, case["scheme"]), H))
+    nearest = quantize(w, case["scheme"]).dequantize()
+    return Inputs(w, H, squared(w, H), squared(w - nearest, H))
 
 
 def work(case: Case, given: Inputs) -> Work:
@@ -113,15 +124,15 @@ def values(got: Any) -> Tensor:
 
 def verify(case: Case, given: Inputs, got: Any, want: Any) -> tuple[float, float]:
     """The loss, relative to that of the reference."""
-    mine, theirs = (loss(given.w, values(result), given.H) for result in (got, want))
+    mine, theirs = (given.loss(values(result)) for result in (got, want))
     return abs(mine / theirs - 1), max(SAME, ONE_ROW / len(given.w))
 
 
 def figures(case: Case, given: Inputs, got: Any) -> dict[str, float]:
     """The loss, as a share of the outputs and of what rounding to nearest leaves; bits per weight."""
-    found = loss(given.w, values(got), given.H)
+    found = given.loss(values(got))
     bits = {"bits per weight": got.bits_per_weight} if isinstance(got, QuantizedTensor) else {}
-    return {"loss": found, "of nearest": found / given.nearest, **bits}
+    return {"loss": found, "of nearest": found * given.size / given.nearest, **bits}
 
 
 # --- the picture ------------------------------------------------------------------------------------------------------
@@ -172,6 +183,7 @@ FORMATS = [
     *(f"int{bits}{group}" for group in ("", ":g128", ":g32") for bits in (2, 3, 4, 5, 6)),
     *("nf4", "mxfp4", "nvfp4"),
 ]
+FEW = [scheme for scheme in FORMATS if scheme[:4] not in ("int5", "int6", "nvfp")]
 bench = Benchmark(
     __file__,
     cases={
@@ -181,16 +193,15 @@ bench = Benchmark(
         ],
         "default": [
             *(case("int4:g128", n) for n in SIZES),
-            case("int4:g128", 4096, 1024),
-            case("int4:g128", 1024, 4096),
-            case("int4:g128", 2048, dynamic=True),
             case("int3:g128", STUDY, dynamic=True),
             case("int3:g128", STUDY, activation=True),
-            *(case(scheme, STUDY) for scheme in FORMATS if scheme != "int4:g128"),
+            *(case(scheme, STUDY) for scheme in FEW if scheme != "int4:g128"),
         ],
         "full": [
             *(case("int4:g128", n) for n in SIZES),
             case("int4:g128", 11008, 4096),
+            case("int4:g128", 4096, 1024),
+            case("int4:g128", 1024, 4096),
             case("int4:g128", 4096, dynamic=True),
             *(case("int4:g128", n, activation=True) for n in SIZES),
             *(case(scheme, STUDY) for scheme in FORMATS if scheme != "int4:g128"),

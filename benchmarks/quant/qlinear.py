@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlsys.bench import Benchmark, Impl, Plot, Work
+from mlsys.bench import Benchmark, Impl, Plot, Record, Work
 from mlsys.quant import PreparedWeight, QuantizedTensor, Scheme, prepare, quantize
 from mlsys.quant.qlinear import qlinear
 
@@ -197,6 +197,49 @@ def packs(case: Case) -> bool:
     return scheme.format == "int4" and scheme.group in (32, 64, 128, 256) and case["n"] % 16 == 0
 
 
+# --- the picture ------------------------------------------------------------------------------------------------------
+
+
+def picture(records: Sequence[Record]) -> str | None:
+    """How many times as fast as float32's product each path is: rows of x to the right, a panel a format and shape."""
+    from mlsys.bench.plots import COLOURS, LINES, MARKERS, new_figure, to_svg
+
+    panels: dict[tuple[int, int, str], list[Record]] = {}
+    for record in records:
+        if record.ratio_to_reference and record.role != "reference":
+            panels.setdefault((record.case["n"], record.case["k"], record.case["scheme"]), []).append(record)
+    panels = {key: found for key, found in panels.items() if len({r.case["m"] for r in found}) > 1}
+    if not panels:
+        return None
+    names = list(dict.fromkeys(r.impl for found in panels.values() for r in found))
+    figure, axes = new_figure(2, -(-len(panels) // 2))
+    keys: dict[str, Any] = {}
+    for ax, ((n, k, scheme), found) in zip(axes, panels.items(), strict=False):
+        for style, name in enumerate(names):
+            points = sorted((r.case["m"], r.ratio_to_reference) for r in found if r.impl == name)
+            if not points:
+                continue
+            rows, ratios = zip(*points, strict=True)
+            look: dict[str, Any] = {
+                "color": COLOURS[(style + style // len(COLOURS)) % len(COLOURS)],
+                "marker": MARKERS[style % len(MARKERS)],
+                "linestyle": LINES[style % len(LINES)],
+            }
+            (keys[name],) = ax.plot(rows, [1 / ratio for ratio in ratios], **look, label=name)
+        ax.axhline(1, color="black", linewidth=0.8)
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log", base=2)
+        ticks = sorted({r.case["m"] for r in found})
+        ax.set_xticks(ticks, [str(tick) for tick in ticks])
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.set(title=f"{scheme}, {n} × {k}", xlabel="rows of x", ylabel="times as fast as float32")
+        ax.grid(True, alpha=0.3)
+    for ax in axes[len(panels) :]:
+        ax.set_axis_off()
+    figure.legend(handles=[keys[name] for name in names], loc="outside right upper", fontsize=8, frameon=False)
+    return to_svg(figure)
+
+
 bench = Benchmark(
     __file__,
     cases={
@@ -243,6 +286,7 @@ bench = Benchmark(
             only=lambda case: case["n"] == case["k"] and is_integer(case),
         )
     ],
+    pictures={"speed-up": picture},
 )
 
 if __name__ == "__main__":

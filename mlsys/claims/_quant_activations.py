@@ -60,7 +60,7 @@ CLAIMS = [
     Claim(
         name="smoothquant-effective-levels",
         area="quant.smoothquant",
-        source=f"{XIAO}, section 3 (outliers about 100 times larger leave other channels two or three levels)",
+        source=f"{XIAO}, on outliers (about 100 times larger, they leave other channels two or three levels)",
         what="codes of 8 bits that numbers in −1 … 1 have if their tensor holds a 100",
         unit="codes",
         published=3,
@@ -70,7 +70,7 @@ CLAIMS = [
     Claim(
         name="smoothquant-half-balances",
         area="quant.smoothquant",
-        source=f"{XIAO}, section 4, equation 4 (α = 0.5: inputs and weights of a channel share one maximum); so 1",
+        source=f"{XIAO}, the formula of s (α = 0.5: inputs and weights of a channel share one maximum); so 1",
         what="the largest ratio of the two maxima of a channel, 64 channels of very unequal size",
         unit="",
         published=1.0,
@@ -91,7 +91,7 @@ CLAIMS = [
     Claim(
         name="lsq-gradient-within",
         area="quant.qat",
-        source=f"{ESSER}, section 2, equation 3 (−v/s + round(v/s) within the range), at v/s = 1.4",
+        source=f"{ESSER}, step size gradient (−v/s + round(v/s) within the range), at v/s = 1.4",
         what="gradient of a number rounded to 3 bits in its step, at 1.4 steps",
         unit="",
         published=-0.4,
@@ -102,7 +102,7 @@ CLAIMS = [
     Claim(
         name="lsq-gradient-clamped",
         area="quant.qat",
-        source=f"{ESSER}, section 2, equation 3 (the largest code beyond the range), Q = 3, at v/s = 5",
+        source=f"{ESSER}, step size gradient (the largest code beyond the range), Q = 3, at v/s = 5",
         what="gradient of a number clamped to 3 bits in its step, at 5 steps",
         unit="",
         published=3.0,

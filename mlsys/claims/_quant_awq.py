@@ -42,7 +42,7 @@ CLAIMS = [
     Claim(
         name="awq-rounding-error",
         area="quant.awq",
-        source=f"{LIN}, section 3.2 (errors of rounding are uniform between 0 and 0.5, 0.25 on average)",
+        source=f"{LIN}, on scaling salient weights (errors of rounding are uniform between 0 and 0.5, 0.25 on average)",
         what="mean error of the nearest code in steps, normal weights, 4 bits, groups of 128",
         unit="steps",
         published=0.25,
@@ -53,7 +53,7 @@ CLAIMS = [
         Claim(
             name=f"awq-error-left-{s}",
             area="quant.awq",
-            source=f"{LIN}, section 3.2, table 2 (OPT-6.7B, 1% of columns times s = {s})",
+            source=f"{LIN}, statistics of multiplying the 1% salient channels (OPT-6.7B, s = {s})",
             what=f"mean Δ'/Δ · 1/s where 1% of 4096 columns are multiplied by s = {s}, normal weights, groups of 128",
             unit="",
             published=published,

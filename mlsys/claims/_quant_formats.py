@@ -108,7 +108,7 @@ CLAIMS = [
     Claim(
         name="opt-175b-3-bit",
         area="quant.packing",
-        source=f"{GPTQ}, section 4 (the 3-bit OPT-175B, embeddings in FP16)",
+        source=f"{GPTQ}, section 5, practical speedups (about 63 GB, embeddings and output layer in FP16)",
         what="memory of OPT-175B with its matrices packed in 3 bits, in units of 2³⁰ bytes",
         unit="GB",
         published=63,

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
 
 FRANTAR = "Frantar, Ashkboos, Hoefler & Alistarh 2022, arXiv:2210.17323"
 CHEE = "Chee, Cai, Kuleshov & De Sa 2023, arXiv:2307.13304"
-OPT = {"layers": 96, "width": 12288, "vocabulary": 50272, "positions": 2050}  # Zhang et al. 2022, arXiv:2205.01068
 
 
 def layer(rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -72,18 +71,6 @@ def group_bits(group: int) -> float:
     return gptq(w, torch.eye(1024), f"int3:g{group}:fp16").bits_per_weight - 3
 
 
-def opt_gigabytes() -> float:
-    """2^30 bytes of OPT-175B: its layers' matrices in 3 bits and a scale a row, its embeddings in 16."""
-    import torch
-
-    from mlsys.quant import quantize
-
-    width = OPT["width"]
-    bits = quantize(torch.randn(2, width, generator=torch.Generator().manual_seed(0)), "int3:fp16").bits_per_weight
-    embeddings = (OPT["vocabulary"] + OPT["positions"]) * width
-    return (OPT["layers"] * 12 * width**2 * bits / 8 + 2 * embeddings) / 2**30
-
-
 CLAIMS = [
     Claim(
         name="gptq-lazy-blocks",
@@ -139,18 +126,5 @@ CLAIMS = [
         compute=lambda: group_bits(128),
         expected="disagrees",
         reason="They count zero points in 3 bits, 16 + 3 a group; here each takes a byte of its own, 16 + 8.",
-    ),
-    Claim(
-        name="gptq-opt-175b-3-bits",
-        area="quant.gptq",
-        source=f"{FRANTAR}, section 5, practical speedups (about 63 GB with embeddings in 16 bits; GB of 2^30 bytes)",
-        what="OPT-175B with its layers' matrices in int3, a scale and zero point a row, embeddings in 16 bits",
-        unit="GB",
-        published=63,
-        digits=0,
-        compute=opt_gigabytes,
-        tolerance=0.03,
-        expected="approximate",
-        reason="Codes, scales, zero points and embeddings are 62.0; what the rest of theirs is, they do not say.",
     ),
 ]

@@ -159,7 +159,10 @@ def plain(
     matrix, weight = matrix[:, turn], weight[np.ix_(turn, turn)]
     scale, zero = scale[:, turn], zero[:, turn]
     damped = weight + damp * weight.diagonal().mean() * np.eye(columns)
-    factor = np.linalg.cholesky(damped if factor_of_h else np.linalg.inv(damped)).T  # upper: H⁻¹ = factorᵀ factor
+    try:
+        factor = np.linalg.cholesky(damped if factor_of_h else np.linalg.inv(damped)).T  # upper: H⁻¹ = factorᵀ factor
+    except np.linalg.LinAlgError:  # without damping only: there a library that does not check goes on with NaN
+        factor = np.full_like(damped, np.nan)
     if not_flipped:
         unit = np.linalg.cholesky(damped)
         unit = (unit / unit.diagonal()).T

@@ -47,8 +47,9 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
     """Put what `save` wrote into a module of the same shape, as it was before it was quantized; returns it.
 
-    Its linear layers are replaced where the file has quantized ones, and all other parameters and buffers get the
-    file's numbers, on the module's devices (from the meta device: on the CPU) and in its dtypes. ValueError, and
+    Its linear layers are replaced where the file has quantized ones, with their bias, as the file has them; and all
+    other parameters and buffers get the file's numbers in the module's dtypes. All are on the module's devices (from
+    the meta device: on the CPU). ValueError, and
     nothing is changed, if the file is damaged, holds something else, or does not fit: all that does not is named.
     OSError as for `open`.
     """
@@ -81,6 +82,7 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
         except (KeyError, TypeError, ValueError) as error:
             problems.append(f"{name}: the file's parts do not make a layer ({error})")
             continue
+        problems += [f"{name}.bias: {problem}" for problem in _of_bias(own.get("bias"), old.bias)]
         layer.dtype = old.dtype if isinstance(old, QuantizedLinear) else old.weight.dtype
         layers[name] = layer.to("cpu" if device.type == "meta" else device).train(old.training)
     state = {
@@ -114,6 +116,17 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
         setattr(into.get_submodule(parent), last, layer)
     _fill(into, tensors)
     return into
+
+
+def _of_bias(given: Tensor | None, own: Tensor | None) -> list[str]:
+    """What keeps this bias of the file from being that of the layer. Any float dtype will do, and stays as it is."""
+    if given is None and own is not None:
+        return ["the file does not have it"]
+    if given is not None and own is None:
+        return ["the module has no such tensor"]
+    if given is not None and not given.is_floating_point():
+        return [f"{given.dtype} in the file, and a bias is floating-point"]
+    return []
 
 
 def _shared(module: nn.Module) -> list[tuple[str, str]]:

@@ -43,8 +43,22 @@ def hessian(x: Tensor, H: Tensor | None = None) -> Tensor:
 def loss(w: Tensor, q: Tensor | QuantizedTensor, H: Tensor) -> float:
     """tr((w − ŵ) H (w − ŵ)ᵀ) / tr(w H wᵀ): the squared error of the layer's outputs, as a share of the outputs.
 
-    0 for no error; also where H has no weight on any, and ∞ where outputs of 0 have an error.
+    0 for no error; also where H has no weight on any, and ∞ where outputs of 0 have an error. Sums of squares are never
+    below 0: where an H that is no Σ x xᵀ (rounded, or made otherwise) makes them so, they count as 0.
     """
+    return relative(*sums(w, q, H))
+
+
+def relative(error: float, size: float) -> float:
+    """The loss of these two sums."""
+    error = max(error, 0.0)
+    if size > 0:
+        return error / size
+    return math.inf if error > 0 else 0.0
+
+
+def sums(w: Tensor, q: Tensor | QuantizedTensor, H: Tensor) -> tuple[float, float]:
+    """tr((w − ŵ) H (w − ŵ)ᵀ) and tr(w H wᵀ), as they come out, for H over its largest number."""
     x = check_matrix("w", w)
     approximate = q.dequantize() if isinstance(q, QuantizedTensor) else q
     if not isinstance(approximate, Tensor):
@@ -52,10 +66,7 @@ def loss(w: Tensor, q: Tensor | QuantizedTensor, H: Tensor) -> float:
     if approximate.shape != w.shape:
         raise ValueError(f"q must have the shape of w, {tuple(w.shape)}, got {tuple(approximate.shape)}")
     H = check_hessian(H, x.shape[1], x.device)
-    error, size = (_weighted(m, H) for m in (x - approximate.detach().float().reshape(x.shape), x))
-    if size > 0:
-        return error / size
-    return math.inf if error > 0 else 0.0
+    return _weighted(x - approximate.detach().float().reshape(x.shape), H), _weighted(x, H)
 
 
 def _weighted(m: Tensor, H: Tensor) -> float:

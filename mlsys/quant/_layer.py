@@ -96,18 +96,26 @@ class QuantizedLinear(nn.Module):
         return 8 * self.nbytes / max(self.out_features * self.in_features, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._prepared is None:
-            self._prepared = prepare(self.quantized)
-        bias = self.bias
+        weight, bias = self._weight(), self.bias
         if self.divisor is not None:
             wide = torch.promote_types(x.dtype, torch.float32)  # in 16 bits the divisor would be rounded first
             x = (x.to(wide) / self.divisor).to(x.dtype)
         if self.threshold is None:
-            return qlinear(x, self._prepared, bias, activations=self.activations)
+            return qlinear(x, weight, bias, activations=self.activations)
         kept = None
         if self.outlier_columns is not None and self.outlier_weight is not None:
             kept = Kept(self.outlier_columns, self.outlier_weight)
-        return llm_int8.linear(x, self._prepared, bias, threshold=self.threshold, kept=kept)
+        return llm_int8.linear(x, weight, bias, threshold=self.threshold, kept=kept)
+
+    def _weight(self) -> PreparedWeight:
+        """What was prepared in the first call; anew, if a buffer has been replaced or changed in place since."""
+        prepared = self._prepared
+        if prepared is None or prepared.stale or not self._made_of(prepared.weight):
+            self._prepared = prepared = prepare(self.quantized)
+        return prepared
+
+    def _made_of(self, quantized: QuantizedTensor) -> bool:
+        return all(part is self._buffers[name] for name, part in parts(quantized).items())
 
     def extra_repr(self) -> str:
         """For `print(module)`."""

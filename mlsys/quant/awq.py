@@ -41,7 +41,7 @@ Memory:
     Beside w, x and the result: three copies of w, and G if n > K. A number for each column stays, s.
 
 Papers:
-    Lin, Tang, Tang, Yang, Dang & Han 2023, arXiv:2306.00978, section 3 (salient weights; scaling; the search for α).
+    Lin, Tang, Tang, Yang, Dang & Han 2023, arXiv:2306.00978 (salient weights; scaling; the search for α).
 
 See also:
     `mlsys.quant.gptq` (makes up for errors), `mlsys.quant.smoothquant` (the same identity, to make activations easy).

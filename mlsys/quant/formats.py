@@ -36,7 +36,7 @@ Memory:
 
 Papers:
     Micikevicius et al. 2022, arXiv:2209.05433, table 1 (FP8: e4m3 without infinities, e5m2 with them).
-    Rouhani et al. 2023, arXiv:2310.10537, table 1 (microscaling formats).
+    Rouhani et al. 2023, arXiv:2310.10537 (microscaling: the concrete MX formats).
     Dettmers et al. 2023, arXiv:2305.14314, section 3 and appendix E (NF4).
     Dettmers et al. 2021, arXiv:2110.02861, section 2 (dynamic 8-bit quantization).
     Gupta et al. 2015, arXiv:1502.02551, section 3 (fixed point; stochastic rounding).

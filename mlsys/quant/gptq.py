@@ -76,7 +76,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mlsys.quant._hessian import Factors, check_hessian, factorise, hessian, loss
+from mlsys.quant._hessian import Factors, check_hessian, factorise, hessian, loss, relative, sums
 from mlsys.quant._scheme import Scheme
 from mlsys.quant._tensor import Grid, QuantizedTensor, assemble, check_matrix, choose_grid, encode
 from mlsys.quant.formats import Format, Integer
@@ -84,6 +84,7 @@ from mlsys.quant.rtn import quantize
 
 __all__ = ["Report", "gptq", "gptq_report", "hessian", "loss"]
 
+ROUNDING = 1e-6  # of the outputs: sums of squares that are less than 0 by this much
 DEPENDENT = 10.0  # times the damping: a pivot below it says little but that there was damping
 
 
@@ -95,8 +96,11 @@ class Report:
     nearest:  that of round-to-nearest.
     damp:     as asked for, or what it took until H had factors.
     dead:     columns that no calibration input ever used.
-    rank:     about how many directions of the columns the inputs tell apart: those that damping does not decide.
+    rank:     about how many directions of the columns the inputs tell apart: those that damping does not decide. They
+              are counted in the order in which columns are rounded, and another order may find some more or fewer.
     columns:  how many there are.
+    negative: whether a sum of squares, of errors or outputs, came out below 0, and was taken as 0: then H is no Σ x xᵀ,
+              and the losses are of no inputs.
     """
 
     loss: float
@@ -105,6 +109,7 @@ class Report:
     dead: int
     rank: int
     columns: int
+    negative: bool = False
 
     def __str__(self) -> str:
         text = f"loss {self.loss:.3g} (nearest: {self.nearest:.3g}), damp {self.damp:g}"
@@ -112,6 +117,8 @@ class Report:
             text += f", {self.dead} of {self.columns} columns without input"
         if self.rank < self.columns - self.dead:
             text += f", inputs tell about {self.rank} of {self.columns} directions apart: more of them may help"
+        if self.negative:
+            text += ", H is no sum Σ x xᵀ: it gives errors or outputs a square below 0, which counts as 0"
         return text
 
 
@@ -151,13 +158,15 @@ def gptq_report(
     """What `gptq` returns, and how it went: the loss, the damping it took, columns without input, too few inputs."""
     quantized, factors = _solve(w, H, scheme, block, damp, groups, order)
     rank = int((factors.pivots > DEPENDENT * factors.floor).sum()) if factors.floor else factors.pivots.numel()
+    ours, nearest = sums(w, quantized, H), sums(w, quantize(w, scheme), H)
     report = Report(
-        loss=loss(w, quantized, H),
-        nearest=loss(w, quantize(w, scheme), H),
+        loss=relative(*ours),
+        nearest=relative(*nearest),
         damp=factors.damp,
         dead=int((H.diagonal() == 0).sum()),
         rank=rank,
         columns=H.shape[0],
+        negative=any(size < 0 or error < -ROUNDING * size for error, size in (ours, nearest)),
     )
     return quantized, report
 

@@ -33,8 +33,8 @@ Memory:
     The codes, once. In a call: a copy of x, and N·|O| floats. `keep`: N·|O| floats for good.
 
 Papers:
-    Dettmers et al. 2022, arXiv:2208.07339 (section 3.1: vector-wise scales; section 3.2: the decomposition and its
-    threshold; section 4: where outliers are).
+    Dettmers et al. 2022, arXiv:2208.07339, section 3.1 (a scale for each row of x and of W);
+    section 3.2 (the mixed-precision decomposition and its threshold); section 4 (where outliers are).
 
 See also:
     `mlsys.quant.smoothquant` (hands outliers to the weights beforehand: no cost in the call), `mlsys.quant.qlinear`.

@@ -57,7 +57,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -76,7 +76,7 @@ from mlsys.quant._tensor import check_matrix, choose_grid
 
 __all__ = ["LayerReport", "QuantizedLinear", "Report", "load", "quantize_", "save"]
 
-Choice = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
+Choice = str | Collection[str] | Callable[[str, nn.Module], bool] | None
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Report:
     """What `quantize_` did, layer by layer; `print` shows a table.
 
     nbytes, before:  of the weights of these layers, now and before.
-    left:            linear layers that were not selected.
+    left:            linear layers that were not selected; also those of a subclass, which never are.
     """
 
     method: str
@@ -226,6 +226,8 @@ def _chosen(module: nn.Module, include: Choice, exclude: Choice) -> tuple[dict[s
     named = dict(module.named_modules(remove_duplicate=False))
     # Not of a subclass: those compute something else, or are never called (as in nn.MultiheadAttention)
     linear = {name: layer for name, layer in named.items() if type(layer) is nn.Linear}
+    for argument, choice in (("include", include), ("exclude", exclude)):
+        _check_choice(argument, choice)
     if "" in linear:
         raise ValueError(
             "module is a linear layer itself, and cannot be replaced within itself: pass what holds it, or "
@@ -246,10 +248,23 @@ def _chosen(module: nn.Module, include: Choice, exclude: Choice) -> tuple[dict[s
             raise ValueError(f"{argument}={pattern!r} {what}, and nn.Linear layers are to be named: {names}")
     if not selected:
         raise ValueError("no nn.Linear layer is left to quantize: look at include and exclude, and print(module)")
-    return selected, [name for name in linear if name not in selected]
+    left = [name for name, layer in named.items() if isinstance(layer, nn.Linear) and name not in selected]
+    return selected, left
 
 
-def _patterns(choice: Choice) -> Sequence[str]:
+def _check_choice(argument: str, choice: object) -> None:
+    """TypeError unless names, or a function."""
+    if choice is None or callable(choice) or isinstance(choice, str):
+        return
+    wrong = [one for one in choice if not isinstance(one, str)] if isinstance(choice, Collection) else [choice]
+    if wrong:
+        raise TypeError(
+            f'{argument} must be a name or pattern ("blocks.*.up"), a list of them, or a function of name and layer, '
+            f"got {wrong[0]!r}"
+        )
+
+
+def _patterns(choice: Choice) -> Collection[str]:
     if choice is None or callable(choice):
         return ()
     return (choice,) if isinstance(choice, str) else choice

@@ -41,7 +41,7 @@ Memory:
 Papers:
     Bengio, Léonard & Courville 2013, arXiv:1308.3432 (the straight-through estimator).
     Jacob et al. 2017, arXiv:1712.05877, section 3 (rounding simulated in training).
-    Esser et al. 2019, arXiv:1902.08153, section 2 (the step's gradient, its scale, and where it starts).
+    Esser et al. 2019, arXiv:1902.08153, "Methods" (the step's gradient, its scale, and where it starts).
 
 See also:
     `mlsys.quant.rtn` (the grids), `mlsys.quant.gptq` (better codes without training).
@@ -80,16 +80,45 @@ def fake_quantize(x: Tensor, scheme: Scheme | str, grid: Grid | None = None) -> 
     grid: scales and zero points to use in place of those that span x; what is beyond their range is clamped, and gets
           gradient 0. As from `choose_grid` of other numbers: (R, G) or (1, 1).
 
-    Errors as from `quantize`.
+    Errors as from `quantize`; also for a grid that is not one of this scheme for a matrix of this shape.
     """
     scheme = Scheme.parse(scheme)
     rows = check_matrix("x", x)
     spans = grid is None
-    grid = choose_grid(rows, scheme) if grid is None else grid
+    if grid is None:
+        grid = choose_grid(rows, scheme)
+    else:
+        _check_grid(grid, rows, scheme)
     values, inside = _round(rows, grid, scheme, masked=not spans or scheme.scales not in EXACT)
     rounded = values.reshape(x.shape).to(x.dtype)
     result: Tensor = _Straight.apply(x, rounded, None if inside is None else inside.reshape(x.shape))
     return result
+
+
+def _check_grid(grid: Any, rows: Tensor, scheme: Scheme) -> None:
+    """TypeError or ValueError unless these are scales and zero points of `scheme` for these rows (R, K)."""
+    if not isinstance(grid, Grid):
+        raise TypeError(f"grid must be a Grid, as from choose_grid, got {type(grid).__name__}")
+    shapes = [(1, 1), (len(rows), 1 if scheme.group == "tensor" else scheme.groups(rows.shape[1]))]
+    wanted = {"scale": scheme.scales != "none", "zero": scheme.affine}
+    for name, value in (("scale", grid.scale), ("zero", grid.zero)):
+        if (value is not None) != wanted[name]:
+            raise ValueError(f"grid.{name} must be {'a tensor' if wanted[name] else 'None'} for {scheme}, got {value}")
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise TypeError(f"grid.{name} must be a floating-point tensor, got {_kind(value)}")
+        if tuple(value.shape) not in shapes:
+            raise ValueError(
+                f"grid.{name} must be {shapes[0]} or {shapes[1]} for {scheme} of {tuple(rows.shape)}, got "
+                f"{tuple(value.shape)}"
+            )
+        if value.device != rows.device:
+            raise ValueError(f"grid.{name} must be on {rows.device} as x is, got {value.device}")
+
+
+def _kind(value: Any) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
 class _Straight(torch.autograd.Function):
@@ -216,7 +245,9 @@ class FakeQuantized(nn.Module):
         if self.step is None:
             grid = choose_grid(rows, self.scheme)
         else:
-            step = self.step.detach().clamp(min=LEAST_STEP).clone()
+            step = self.step.detach().clamp(min=LEAST_STEP)
+            if not bool(step.isfinite().all()):
+                raise ValueError("its learned steps must be finite: training diverged; take a lower learning rate")
             grid = Grid(step, None, step)
         return assemble(encode(rows, grid, self.scheme), grid, tuple(weight.shape), self.scheme)
 
@@ -235,7 +266,7 @@ def prepare_(
     ranges:      "minmax": scales span what a group holds; "learned": steps are parameters too (symmetric integers).
                  Make the optimizer afterwards, so that it has them.
     activations: "int8": inputs are rounded as well, with a scale for each row, as by `qlinear` with this option.
-    include:     which layers, by name; the module itself, if it is a linear layer, is "".
+    include:     which layers, a function of the name; the module itself, if it is a linear layer, is "".
 
     Parameters stay the same objects under other names (`parametrizations.weight.original`). ValueError if there is no
     such layer, or one was prepared already; then nothing is changed.
@@ -247,6 +278,8 @@ def prepare_(
         _symmetric(scheme)
     if activations not in (None, "int8"):
         raise ValueError(f'activations={activations!r} must be None or "int8"')
+    if not callable(include):
+        raise TypeError(f'include must be a function of a layer\'s name, got {include!r}: lambda name: name == "0"')
     layers = {name: layer for name, layer in _linears(module) if include(name)}
     if not layers:
         raise ValueError("module has no linear layer that is included")
@@ -263,7 +296,7 @@ def prepare_(
         rounding = FakeQuantized(layer.weight, scheme, ranges)
         parametrize.register_parametrization(layer, "weight", rounding)
         if activations:
-            rounding.unhook = layer.register_forward_pre_hook(_round_inputs).remove
+            rounding.unhook = layer.register_forward_pre_hook(_round_inputs, with_kwargs=True).remove
     return list(layers)
 
 
@@ -300,5 +333,10 @@ def _linears(module: nn.Module) -> Iterable[tuple[str, nn.Linear]]:
     return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear))
 
 
-def _round_inputs(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (fake_quantize(inputs[0], "int8"), *inputs[1:])
+def _round_inputs(
+    layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A linear layer's only argument, given by place or by name; a call with none is left for the layer to refuse."""
+    if inputs:
+        return (fake_quantize(inputs[0], "int8"), *inputs[1:]), named
+    return inputs, {name: fake_quantize(x, "int8") if name == "input" else x for name, x in named.items()}

@@ -28,18 +28,12 @@ machine at hand; `explain` says which, why, and why not another:
     native       our C++, compiled on first use: codes are decoded in registers. Few rows of x; more of integers.
     dequantize   some rows of Ŵ at a time, written out where a cache holds them, and torch's matrix product. Many rows.
     int_mm       `torch._int_mm`: both integers, one scale a row of W.
-    int8pack, int4pack   torch's kernels for bfloat16 x; with float32 they are scalar, 20,000 times slower.
+    int8pack, int4pack   torch's kernels for bfloat16 x; with float32 they are scalar, and take seconds.
     reference    plain torch: dequantize all, multiply. Has a gradient in x.
 
-How many times as fast as float32's product it was (N = K = 4096, one thread of a Zen 4, weights prepared and not in a
-cache; a machine shared with others, so that these vary by 15%):
-
-    rows of x                          1     4     16    64    512
-    int8                               3.7   3.7   1.5   1.1   1.0      native up to 16 rows, then dequantize
-    int4:g128                          5.3   3.7   1.5   1.1   1.0
-    int8, activations="int8"           4.3   5.5   3.7   3.1   4.1      native up to 16 rows, then int_mm
-    int4:g128, activations="int8"      4.7   5.5   3.0   2.1   1.5      native
-    bfloat16, not quantized            1.1   2.5   3.1   3.0   2.5
+At one row of x the fewer bytes win, and int4 is the fastest, though not by as much as it is smaller: decoding has its
+share. With integer activations the gain stays with many rows; without them it is gone after a few dozen. The table in
+docs/quant/qlinear.md says by how much, as measured.
 
 Where it loses: with more than 16 rows of float32 x, a 4-bit product is hardly faster than one
 of float32, for the multiply-adds are the same, and from 16 rows on slower than one of bfloat16,
@@ -57,8 +51,8 @@ Memory:
 
 Papers:
     Frantar et al. 2022, arXiv:2210.17323, section 5, "Practical Speedups" (weights dequantized as they are multiplied).
-    Dettmers et al. 2022, arXiv:2208.07339, section 2 (a scale for each row of x and each of W).
-    Xiao et al. 2022, arXiv:2211.10438, section 4 (integer products of activations and weights).
+    Dettmers et al. 2022, arXiv:2208.07339, section 3.1 (a scale for each row of x and of W).
+    Xiao et al. 2022, arXiv:2211.10438 (W8A8: integer products of activations and weights).
     Williams, Waterman & Patterson 2009, "Roofline" (why M decides).
 
 See also:
@@ -67,10 +61,11 @@ See also:
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -96,12 +91,26 @@ class PreparedWeight:
 
     native: how the compiled kernels read it, or None with the reason in `native_missing`.
     packed: what "int4pack" multiplies: codes in torch's own order, scales and zeros; None unless it was asked for.
+    versions: of the tensors of `weight` when it was prepared, as torch counts changes in place.
+
+    Part of it is a copy, so `qlinear` refuses a weight that was changed in place since: prepare it again. (Changes
+    through `.data`, and those of tensors made in inference mode, torch does not count.) A deep copy is prepared anew.
     """
 
     weight: QuantizedTensor
     native: _native.Weight | None
     native_missing: str | None
     packed: tuple[Tensor, Tensor] | None
+    versions: tuple[int | None, ...]
+
+    @property
+    def stale(self) -> bool:
+        """Whether codes, scales or zero points were changed in place since."""
+        return self.versions != _versions(self.weight)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PreparedWeight:
+        """What was prepared holds addresses, and is made again, of copies."""
+        return prepare(copy.deepcopy(self.weight, memo), "int4pack" if self.packed is not None else "auto")
 
     @property
     def nbytes(self) -> int:
@@ -163,7 +172,14 @@ def _prepared(qw: QuantizedTensor | PreparedWeight, path: Path = "auto") -> Prep
         packed = _pack_int4(qw)
     if path == "native" and missing:
         raise ValueError(f'path="native": {missing}')
-    return PreparedWeight(qw, native, missing, packed)
+    return PreparedWeight(qw, native, missing, packed, _versions(qw))
+
+
+def _versions(qw: QuantizedTensor) -> tuple[int | None, ...]:
+    """How often each of its tensors was changed in place; None where torch does not count."""
+    nested = _versions(qw.scale) if isinstance(qw.scale, QuantizedTensor) else ()
+    own = (t for t in (qw.codes, qw.scale, qw.zero) if isinstance(t, Tensor))
+    return (*(None if t.is_inference() else t._version for t in own), *nested)
 
 
 def qlinear(
@@ -516,6 +532,10 @@ def _checked(
         )
     if activations and x.requires_grad and torch.is_grad_enabled():
         raise ValueError('activations="int8" rounds x, which has no gradient: use torch.no_grad(), or mlsys.quant.qat')
+    if isinstance(qw, PreparedWeight) and qw.stale:
+        raise ValueError(
+            "qw was changed in place after it was prepared, and part of what was prepared is a copy: prepare it again"
+        )
     prepared = qw if isinstance(qw, PreparedWeight) else _prepared(qw)
     return _Call(
         x.reshape(-1, k) if x.numel() else x.reshape(x.shape[:-1].numel(), k), prepared, bool(activations)

@@ -26,7 +26,7 @@ Memory:
 
 Papers:
     Jacob et al. 2017, arXiv:1712.05877, section 2.1 (affine quantization with an exact zero).
-    Rouhani et al. 2023, arXiv:2310.10537, section 3 (MX: shared exponents).
+    Rouhani et al. 2023, arXiv:2310.10537, "Scalar Float to MX Format Conversion" (shared exponents).
     Dettmers et al. 2023, arXiv:2305.14314, section 3 (NF4, double quantization).
 
 See also:

@@ -33,7 +33,8 @@ Memory:
     K numbers of maxima while calibrating. `smooth` makes a new matrix; `fold_` and `balance_` change modules.
 
 Papers:
-    Xiao et al. 2022, arXiv:2211.10438 (section 3; section 4, equation 4; figure 5 is the picture above).
+    Xiao et al. 2022, arXiv:2211.10438, "Review of Quantization Difficulty" (outliers) and "SmoothQuant"
+    (the formula of s; the picture above is that of its main idea with α = 0.5).
 
 See also:
     `mlsys.quant.qlinear` (`activations="int8"` is what it is for), `mlsys.quant.llm_int8` (keeps outliers apart),
@@ -154,7 +155,7 @@ def balance_(
     What the modules compute together stays the same, up to rounding. Nothing is changed if anything is refused; see
     `smooth_scale` and `fold_` for what is.
     """
-    layers = [linears] if isinstance(linears, nn.Module) else list(linears)
+    layers = list(linears) if isinstance(linears, Sequence) else [linears]
     _check_foldable(before)
     for layer in layers:
         if not isinstance(layer, nn.Linear):

@@ -15,7 +15,7 @@ from mlsys.contracts.quant import CONTRACTS
 from mlsys.models import _checkpoint
 from mlsys.models.transformer import Transformer
 from mlsys.perf.configs import llama
-from mlsys.quant import Scheme, _file, quantize
+from mlsys.quant import Scheme, _file, qlinear, quantize
 from mlsys.quant.model import QuantizedLinear, load, quantize_, save
 
 METHODS = ["rtn", "hqq", "gptq", "awq", "smoothquant", "llm_int8"]
@@ -188,6 +188,15 @@ def test_include_as_a_function(net):
     assert [layer.name for layer in report.layers] == ["rest.1"]
 
 
+@pytest.mark.parametrize("wrong", [5, [5], ["up", None], (name for name in ["up"])])
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+def test_choices_that_are_no_names_are_refused(net, argument, wrong):
+    before = state(net)
+    with pytest.raises(TypeError, match=f"{argument} must be a name or pattern .* a list of them, or a function"):
+        quantize_(net, "int8", **{argument: wrong})
+    assert_same(before, net)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -203,7 +212,10 @@ def test_patterns_without_a_match_are_refused(net, options, says):
 
 def test_attention_of_torch_which_reads_its_weights_itself_is_left():
     module = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 3))
-    assert [layer.name for layer in quantize_(module, "int8").layers] == ["1"]
+    report = quantize_(module, "int8")
+    assert [layer.name for layer in report.layers] == ["1"]
+    assert report.left == ("0.out_proj",)
+    assert "left as they are: 0.out_proj" in str(report)
 
 
 def test_a_linear_layer_cannot_be_replaced_within_itself():
@@ -268,6 +280,46 @@ def test_what_cannot_be_is_told_and_changes_nothing(net, arguments, options, err
     with pytest.raises(error, match=says):
         quantize_(net, *arguments, **options)
     assert_same(before, net)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "says"),
+    [
+        ("int2:g8:sym:fp16", {}, "up: a scale of 1e\\+06 is beyond fp16's"),
+        ("int4:g8", {"groups": "dynamic", "order": "activation"}, 'groups="dynamic" needs order="natural"'),
+        ("nf4:dq", {"groups": "dynamic"}, 'groups="static"'),
+    ],
+)
+def test_what_the_method_cannot_do_is_found_before_calibration(net, scheme, options, says):
+    if not options:
+        net.up.weight[3, 2] = 1e6
+    before = state(net)
+
+    def never():
+        raise AssertionError("calibrated before scheme and options were checked")
+        yield
+
+    with pytest.raises(ValueError, match=says):
+        quantize_(net, scheme, "gptq", never(), **options)
+    assert_same(before, net)
+
+
+def test_a_layer_that_is_left_out_once_others_are_quantized_is_named():
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.second(x) if type(self.first) is nn.Linear else x
+
+    module, x = Routed(), torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
+    before = state(module)
+    with pytest.raises(ValueError, match="second gets no inputs once the layers before it are quantized"):
+        quantize_(module, "int4", "gptq", [x], sequential=True)
+    assert_same(before, module)
+    assert len(quantize_(module, "int4", "gptq", [x]).layers) == 2
 
 
 @pytest.mark.parametrize("method", CALIBRATED)
@@ -373,6 +425,58 @@ def test_loading_a_state_forgets_what_was_prepared(net, batches):
     assert torch.equal(net(batches[0]), other(batches[0]))
 
 
+@pytest.mark.parametrize("scheme", ["int3:g8", "int8", "nf4:g8:dq", "nvfp4"])
+def test_buffers_that_are_changed_or_replaced_are_what_is_multiplied_with(scheme):
+    torch.manual_seed(0)
+    module, other, x = nn.Sequential(nn.Linear(16, 5)), nn.Sequential(nn.Linear(16, 5)), torch.randn(3, 16)
+    for one in (module, other):
+        quantize_(one, scheme)
+        one(x)
+    codes = module[0].codes.clone()
+    own = module(x)
+    module[0].codes.copy_(other[0].codes)
+    torch.testing.assert_close(module(x), F.linear(x, module[0].weight, module[0].bias), atol=1e-5, rtol=1e-5)
+    assert not torch.equal(module(x), own)
+    module[0].codes = codes
+    assert torch.equal(module(x), own)
+
+
+def test_inputs_are_divided_in_float32_in_models_of_16_bits():
+    generator = torch.Generator().manual_seed(0)
+    linear, x = nn.Linear(48, 5), torch.randn(30, 48, generator=generator)
+    x[:, ::5] *= 12
+    module = nn.Sequential(linear)
+    quantize_(module, "int4:g16", "awq", [x])
+    module.to(torch.bfloat16)
+    s, narrow = module[0].divisor, x.bfloat16()
+    assert s.dtype == torch.float32
+    want = (narrow.float() / s).bfloat16()
+    assert not torch.equal(want, narrow / s.bfloat16())
+    assert torch.equal(module(narrow), qlinear(want, module[0].quantized, module[0].bias))
+
+
+def test_a_state_of_another_scheme_or_dtype_is_refused_by_name():
+    """Codes of nf4 and e2m1 have the same shapes and dtypes, and mean other numbers."""
+    torch.manual_seed(0)
+    x, parts = torch.randn(3, 16), [nn.Sequential(nn.Linear(16, 4)) for _ in range(2)]
+    for part, scheme in zip(parts, ("nf4:g8", "e2m1:g8"), strict=True):
+        quantize_(part, scheme)
+    mine, other = parts
+    want = mine(x)
+    with pytest.raises(RuntimeError, match="0: the state is of e2m1:g8, and the layer nf4:g8"):
+        mine.load_state_dict(other.state_dict())
+    assert torch.equal(mine(x), want)
+    wide = dict(mine.state_dict())  # without metadata, as from a file of tensors alone
+    wide["0.scale"] = wide["0.scale"].double()
+    with pytest.raises(RuntimeError, match=r"0\.scale: torch\.float64 in the state, torch\.float32 in the layer"):
+        mine.load_state_dict(wide)
+    assert torch.equal(mine(x), want)
+    again = nn.Sequential(nn.Linear(16, 4))
+    quantize_(again, "nf4:g8")
+    again.load_state_dict(mine.state_dict())
+    assert torch.equal(again(x), want)
+
+
 def test_the_report_is_a_table(net, batches):
     text = str(quantize_(net, "int4:g8", "gptq", batches, exclude="rest.1"))
     assert "rest.0" in text
@@ -447,6 +551,59 @@ def test_tied_tensors_are_saved_once_and_stay_tied(tmp_path):
     other = load(tmp_path / "tied", Tied("meta"))
     assert other.head.weight is other.embedding.weight
     assert torch.equal(other.head.weight, model.head.weight)
+
+
+def test_a_file_with_different_numbers_for_tied_tensors_is_refused(tmp_path):
+    class Net(nn.Module):
+        def __init__(self, tied):
+            super().__init__()
+            self.embedding, self.body = nn.Embedding(9, 8), nn.Linear(8, 8)
+            self.head = nn.Linear(8, 9, bias=False)
+            if tied:
+                self.head.weight = self.embedding.weight
+
+    loose, tied = Net(False), Net(True)
+    quantize_(loose, "int8", include="body")
+    save(loose, tmp_path / "net")
+    before = state(tied)
+    with pytest.raises(ValueError, match=r"embedding\.weight and head\.weight: one tensor in the module, different"):
+        load(tmp_path / "net", tied)
+    assert_same(before, tied)
+    loose.head.weight.copy_(loose.embedding.weight)
+    save(loose, tmp_path / "net")
+    assert torch.equal(load(tmp_path / "net", tied).head.weight, loose.embedding.weight)
+    assert tied.head.weight is tied.embedding.weight
+
+
+def test_a_bias_that_only_file_or_module_has_is_named(net, tmp_path):
+    quantize_(net, "int8")
+    save(net, tmp_path / "net")
+    other = Net()
+    other.up, other.rest[0] = nn.Linear(24, 40, bias=False), nn.Linear(40, 24)
+    before = state(other)
+    with pytest.raises(ValueError, match="was not changed") as told:
+        load(tmp_path / "net", other)
+    assert "up.bias: the module has no such tensor" in str(told.value)
+    assert "rest.0.bias: the file does not have it" in str(told.value)
+    assert_same(before, other)
+
+
+def test_a_bias_of_other_floats_stays_and_one_of_integers_is_refused(net, batches, tmp_path):
+    path = tmp_path / "net"
+    net.eval()
+    quantize_(net, "int8", include="up")
+    net.up.bias = net.up.bias.half()
+    save(net, path)
+    other = load(path, Net().eval())
+    assert other.up.bias.dtype == torch.float16
+    assert torch.equal(other(batches[0]), net(batches[0]))
+    config, tensors = _checkpoint.read(path, kind=_file.KIND)
+    tensors["up.bias"] = tensors["up.bias"].int()
+    _checkpoint.write(path, config, tensors, kind=_file.KIND)
+    before = state(other)
+    with pytest.raises(ValueError, match=r"up\.bias: torch\.int32 in the file"):
+        load(path, other)
+    assert_same(before, other)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4:g128:fp16", "int3:g64", "int2:g32", "nf4:dq", "mxfp4"])

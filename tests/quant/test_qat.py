@@ -153,6 +153,15 @@ def test_inputs_are_rounded_as_qlinear_does():
     torch.testing.assert_close(layer(x), functional.linear(x, codes.dequantize(), layer.bias))
 
 
+def test_inputs_given_by_name_are_rounded_too():
+    layer, x = nn.Linear(20, 6), draw(5, 20)
+    prepare_(layer, "int8", activations="int8")
+    assert torch.equal(layer(input=x), layer(x))
+    assert not torch.equal(layer(x), functional.linear(x, layer.weight, layer.bias))
+    with pytest.raises(TypeError, match="input"):
+        layer()
+
+
 def test_shared_weight_stays_float_elsewhere():
     net = nn.ModuleDict({"in": nn.Embedding(9, 4), "out": nn.Linear(4, 9, bias=False)})
     net["out"].weight = net["in"].weight
@@ -186,6 +195,52 @@ def test_nothing_is_changed_if_a_layer_is_refused():
         prepare_(ready, "int4")
 
 
+@pytest.mark.parametrize("ranges", ["minmax", "learned"])
+def test_nothing_is_converted_if_a_later_layer_cannot_be(ranges):
+    net, x = network(), draw(5, 8)
+    prepare_(net, "int4:sym", ranges=ranges, activations="int8")
+    before, want = copy.deepcopy(net.state_dict()), net[0](x)
+    with torch.no_grad():
+        net[2].parametrizations.weight.original[1, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"^2 cannot be quantized, and nothing was changed: weight must be finite"):
+        convert_(net)
+    assert net.state_dict().keys() == before.keys()
+    assert torch.equal(net[0].parametrizations.weight.original, before["0.parametrizations.weight.original"])
+    assert torch.equal(net[0](x), want)  # activations are still rounded, too
+    with torch.no_grad():
+        net[2].parametrizations.weight.original[1, 2] = 0.5
+    assert list(convert_(net)) == ["0", "2"]
+
+
+def test_steps_that_diverged_are_refused():
+    net = network()
+    prepare_(net, "int3:sym", ranges="learned")
+    with torch.no_grad():
+        net[2].parametrizations.weight[0].step[0] = torch.nan
+    with pytest.raises(ValueError, match="2 cannot be quantized, and nothing was changed: its learned steps"):
+        convert_(net)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "grid", "error", "message"),
+    [
+        ("int3:sym", Grid(torch.ones(2, 1), None, None), ValueError, r"scale must be \(1, 1\) or \(3, 1\).*\(2, 1\)"),
+        ("int3:sym:g2", Grid(torch.ones(3, 3), None, None), ValueError, r"\(1, 1\) or \(3, 2\).*got \(3, 3\)"),
+        ("int3:sym:tensor", Grid(torch.ones(3), None, None), ValueError, r"got \(3,\)"),
+        ("int3", Grid(torch.ones(1, 1), None, None), ValueError, r"grid\.zero must be a tensor for int3:chann"),
+        ("int3", Grid(torch.ones(3, 1), torch.ones(4, 1), None), ValueError, r"zero must be \(1, 1\) or \(3, 1\)"),
+        ("int3:sym", Grid(torch.ones(1, 1), torch.ones(1, 1), None), ValueError, r"grid\.zero must be None"),
+        ("bf16", Grid(torch.ones(1, 1), None, None), ValueError, r"grid\.scale must be None for bf16"),
+        ("int3:sym", Grid(torch.ones(1, 1, dtype=torch.int32), None, None), TypeError, r"got torch\.int32"),
+        ("int3:sym", Grid(torch.ones(1, 1, device="meta"), None, None), ValueError, "on cpu as x is, got meta"),
+        ("int3:sym", torch.ones(1, 1), TypeError, "grid must be a Grid, as from choose_grid, got Tensor"),
+    ],
+)  # fmt: skip
+def test_a_grid_that_is_not_one_of_the_matrix_is_refused(scheme, grid, error, message):
+    with pytest.raises(error, match=message):
+        fake_quantize(torch.ones(3, 4), scheme, grid)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -199,6 +254,7 @@ def test_nothing_is_changed_if_a_layer_is_refused():
         (lambda: prepare_(network(), "int4", ranges="learned"), ValueError, "symmetric"),
         (lambda: prepare_(network(), "int4", ranges="ema"), ValueError, "ranges='ema'"),
         (lambda: prepare_(network(), "int4", activations="int4"), ValueError, "activations"),
+        (lambda: prepare_(network(), "int4", include="0"), TypeError, "include must be a function of a layer's name"),
         (lambda: convert_(network()), ValueError, "prepared"),
     ],
 )

@@ -1,12 +1,15 @@
 """`mlsys.quant.qlinear`: every path gives what plain torch gives, and refuses what it cannot do."""
 
+import copy
 import dataclasses
+import functools
 import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mlsys.contracts.core import check
 from mlsys.contracts.quant import CONTRACTS
@@ -329,6 +332,89 @@ def test_a_compiler_that_refuses_is_reported(monkeypatch, tmp_path):
     with pytest.raises(_native.NotBuilt, match="refused"):
         _native.build()
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_cache_folder_that_cannot_be_made_is_reported_and_torch_does_it(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MLSYS_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(_native, "_library", functools.cache(_native._library.__wrapped__))  # as in a new process
+    with pytest.raises(_native.NotBuilt, match="the cache folder cannot be made"):
+        _native.build()
+    x, q = normal(2, 64), quantize(normal(16, 64), "int8")
+    for activations, path in ((None, "dequantize"), ("int8", "int_mm")):
+        said = explain(x, q, activations=activations)
+        assert said.startswith(f"{path}:")
+        assert "not native: the cache folder cannot be made" in said
+        want = qlinear(x, q, activations=activations, path="reference")
+        assert torch.allclose(qlinear(x, q, activations=activations), want, atol=1e-4)
+    with pytest.raises(ValueError, match="set MLSYS_CACHE"):
+        qlinear(x, q, path="native")
+
+
+def test_on_a_gpu_int_mm_is_taken_for_the_shapes_that_cuda_has():
+    """Decided by shapes alone, so tensors without numbers do."""
+    with FakeTensorMode():
+        said = {}
+        for m, n, k in ((17, 16, 64), (16, 16, 64), (17, 12, 64), (17, 16, 60)):
+            codes, scale = torch.empty(n, k, dtype=torch.uint8, device="cuda"), torch.empty(n, 1, device="cuda")
+            q = QuantizedTensor(codes, scale, None, (n, k), Scheme("int8"))
+            x = torch.empty(m, k, device="cuda")
+            said[m, n, k] = explain(x, q, activations="int8")
+            assert "not native: the weight is on cuda" in said[m, n, k]
+            if (m, n, k) != (17, 16, 64):
+                with pytest.raises(ValueError, match="on a GPU it takes more than 16 rows of x, and rows and columns"):
+                    explain(x, q, activations="int8", path="int_mm")
+    first, *others = said.values()
+    assert first.startswith("int_mm:")
+    assert all(text.startswith("reference:") and "not int_mm: on a GPU" in text for text in others)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rows", [1, 16, 17, 40])
+def test_a_gpu_computes_what_the_processor_does(rows):
+    x, q = normal(rows, 64), quantize(normal(16, 64, seed=1), "int8")
+    for activations in (None, "int8"):
+        want = qlinear(x, q, activations=activations, path="reference")
+        got = qlinear(x.cuda(), q.to("cuda"), activations=activations)
+        assert torch.allclose(got.cpu(), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int3:g32", "int4:g32", "nf4:dq", "nvfp4"])
+def test_a_copy_of_a_prepared_weight_is_its_own(scheme):
+    q, x = quantize(normal(16, 64), scheme), normal(2, 64, seed=1)
+    prepared = prepare(q)
+    want = qlinear(x, prepared)
+    twin = copy.deepcopy(prepared)
+    q.codes.zero_()
+    assert torch.equal(qlinear(x, twin), want)
+    assert twin.weight.codes.data_ptr() != q.codes.data_ptr()
+
+
+def test_a_copy_is_packed_as_the_first_was():
+    x, prepared = normal(2, 64).bfloat16(), prepare(quantize(normal(16, 64), "int4:g32"), "int4pack")
+    twin = copy.deepcopy({"weight": prepared, "again": prepared})
+    assert twin["weight"] is twin["again"]
+    assert twin["weight"].packed is not None
+    assert torch.equal(qlinear(x, twin["weight"], path="int4pack"), qlinear(x, prepared, path="int4pack"))
+
+
+@pytest.mark.parametrize("scheme", ["int3:g32", "int6", "int8", "nf4:dq", "nvfp4", "mxfp6_e2m3", "dynamic8"])
+@pytest.mark.parametrize("part", ["codes", "scale"])
+def test_a_weight_that_was_changed_after_it_was_prepared_is_refused(scheme, part):
+    q, x = quantize(normal(6, 64), scheme), normal(2, 64, seed=1)
+    prepared = prepare(q)
+    qlinear(x, prepared)
+    changed = getattr(q, part)
+    (changed.codes if isinstance(changed, QuantizedTensor) else changed).zero_()
+    with pytest.raises(ValueError, match="changed in place after it was prepared"):
+        qlinear(x, prepared)
+    assert torch.allclose(qlinear(x, prepare(q)), x @ q.dequantize().T, atol=1e-4)
+
+
+def test_what_is_prepared_in_inference_mode_is_multiplied():
+    with torch.inference_mode():
+        q, x = quantize(normal(6, 64), "int3:g32"), normal(2, 64, seed=1)
+        assert torch.allclose(qlinear(x, prepare(q)), x @ q.dequantize().T, atol=1e-4)
 
 
 def test_contract_accepts_plain_torch():

@@ -7,6 +7,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from mlsys.contracts.core import check
 from mlsys.contracts.quant import CONTRACTS
@@ -100,6 +101,55 @@ def test_nothing_is_changed_if_anything_is_refused():
         balance_(norm, [good, bad], torch.ones(6))
     for module, was in zip((norm, good), old, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(module.parameters(), was.parameters(), strict=True))
+
+
+def all_equal(modules, others):
+    pairs = ((a, b) for m, o in zip(modules, others, strict=True)
+             for a, b in zip(m.parameters(), o.parameters(), strict=True))  # fmt: skip
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+@pytest.mark.parametrize(("value", "s"), [(60000.0, 0.5), (1e-7, 1000.0)])
+def test_a_norm_that_would_leave_its_dtype_is_refused_before_anything_is_changed(part, value, s):
+    norm, layer = nn.LayerNorm(4).half(), nn.Linear(4, 3).half()
+    with torch.no_grad():
+        norm.bias.fill_(1)
+        getattr(norm, part)[2] = value
+    old = copy.deepcopy((norm, layer))
+    with pytest.raises(ValueError, match=r"LayerNorm holds does not fit into torch\.float16 once divided by s"):
+        fold_(norm, torch.full((4,), s))
+    with pytest.raises(ValueError, match=r"does not fit into torch\.float16"):
+        balance_(norm, layer, torch.full((4,), s), alpha=1.0)
+    assert all_equal((norm, layer), old)
+
+
+def test_weights_that_are_computed_are_refused():
+    """What is written to them would be lost with the next call."""
+
+    class Doubled(nn.Module):
+        def forward(self, w):
+            return 2 * w
+
+    norm, plain, computed = nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 4)
+    parametrize.register_parametrization(computed, "weight", Doubled())
+    modules = norm, plain, computed
+    old = copy.deepcopy(modules)
+    with pytest.raises(TypeError, match="linears: the weight of this ParametrizedLinear is computed"):
+        balance_(norm, [plain, computed], torch.ones(4))
+    with pytest.raises(TypeError, match="before: the weight of this ParametrizedLinear is computed"):
+        balance_(computed, plain, torch.ones(4))
+    with pytest.raises(TypeError, match="before: the weight of this ParametrizedLinear is computed"):
+        fold_(computed, torch.ones(4))
+    assert all_equal(modules, old)
+
+
+@pytest.mark.parametrize("linears", [nn.Conv1d(4, 4, 1), [nn.Linear(4, 4), nn.LayerNorm(4)], 5])
+def test_only_linear_layers_are_balanced(linears):
+    norm = nn.LayerNorm(4)
+    with pytest.raises(TypeError, match=r"linears must be Linear layers, got (Conv1d|LayerNorm|int)"):
+        balance_(norm, linears, torch.full((4,), 3.0))
+    assert torch.equal(norm.weight, torch.ones(4))
 
 
 def test_running_maximum():
