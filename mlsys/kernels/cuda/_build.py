@@ -36,7 +36,8 @@ _MEANING = ("-fno-strict-aliasing", "-fwrapv", "-fsigned-char", "-w")
 _NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 _FAST = ("-O3", _NATIVE, "-g1")
 _CHECKED = ("-O2", "-g", "-DMLSYS_CHECK", "-fno-optimize-sibling-calls", "-fsanitize=thread")
-_PROFILED = ("-ffp-contract=off", "-fno-tree-vectorize", "-fno-tree-slp-vectorize")
+# -fplt: the call that counts a block has a name in the listing, which on aarch64 it otherwise has not.
+_PROFILED = ("-ffp-contract=off", "-fno-tree-vectorize", "-fno-tree-slp-vectorize", "-fplt")
 
 
 # CUB, Thrust, libcu++, CUTLASS, and CUDA's own headers beyond those of `runtime/include`
@@ -51,6 +52,7 @@ class _Dialect:
     checked: tuple[str, ...]
     profiled: tuple[str, ...]
     in_order: tuple[str, ...]  # `__device__` variables stay between the two that enclose them
+    linked: tuple[str, ...]  # `checked` too
 
 
 _GCC = _Dialect(
@@ -63,22 +65,27 @@ _GCC = _Dialect(
     ),
     profiled=("-fsanitize-coverage=trace-pc",),
     in_order=("-fno-toplevel-reorder",),
+    linked=(),
 )
-# clang instruments after it has optimised: each access must still be the kernel's own, not half a vector. It would also
-# leave out a read that a write follows, blocks whose count follows from others', and loops that wait for other threads.
+# clang instruments after it has optimised: each access must still be the kernel's own, not half a vector, nor a part of
+# a memset that was a loop. It would also leave out a read that a write follows, blocks whose count follows from that of
+# others, loops that wait for other threads, and, before clang 16, the memcpy that it makes of a structure's copy.
 _CLANG = _Dialect(
     always=("-ferror-limit=5", "-fno-finite-loops"),
     checked=(
         "-fno-vectorize",
         "-fno-slp-vectorize",
+        "-fno-builtin-memset",
         "-fsanitize=array-bounds",
         "-fno-sanitize-recover=array-bounds",
         *("-mllvm", "-tsan-distinguish-volatile"),
         *("-mllvm", "-tsan-instrument-func-entry-exit=0"),
         *("-mllvm", "-tsan-instrument-read-before-write"),
+        *("-mllvm", "-disable-loop-idiom-all"),
     ),
     profiled=("-fsanitize-coverage=bb,no-prune,trace-pc",),
     in_order=(),
+    linked=("-Wl,--wrap=memcpy,--wrap=memmove,--wrap=memset",),
 )
 
 Mode = Literal["run", "check", "profile"]
@@ -166,7 +173,8 @@ def kernel_library(source: str, path: Path, instances: tuple[str, ...], mode: Mo
     folders = [HEADERS, WRAPPERS, path.parent, *includes]
     flags += [f"-I{folder}" for folder in folders] + ["-include", "mlsys_cuda.h"]
     headers = [p.read_text(errors="replace") for folder in folders for p in sorted(_headers(folder))]
-    key = _hash(text, *flags, str(with_runtime), _machine(), *headers)
+    linked = dialect.linked if checked else ()
+    key = _hash(text, *flags, *linked, str(with_runtime), _machine(), *headers)
     name = f"{path.stem}-{key}.so"
     if (folder() / name).is_file():
         return folder() / name
@@ -177,7 +185,7 @@ def kernel_library(source: str, path: Path, instances: tuple[str, ...], mode: Mo
         except CompileError as refused:
             raise CompileError(f"{refused}{_hint(str(refused))}") from None
         _refuse_constructors(obj, path)
-        return _built(name, ["-shared", str(obj), str(with_runtime)])
+        return _built(name, ["-shared", *linked, str(obj), str(with_runtime)])
 
 
 def _hint(words: str) -> str:

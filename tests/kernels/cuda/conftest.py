@@ -1,4 +1,5 @@
-"""Tests marked `gpu` are taken out where there is no NVIDIA GPU: what is left has no skips."""
+"""Tests marked `gpu` are taken out where there is no NVIDIA GPU: what is left is skipped only for
+a compiler or an emulator that is not installed."""
 
 import pytest
 

@@ -690,36 +690,41 @@ static inline void volatile_access(char *p, unsigned bytes, int kind, const void
   Worker *w = self;
   touch(p, bytes, w && p >= w->module.shared_lo && p < w->module.shared_hi ? kind : ATOMIC, pc);
 }
-#define ACCESS(N)                                                                              \
-  MLSYS_API void __tsan_read##N(void *p) { touch((char *)p, N, READ, PC); }                    \
-  MLSYS_API void __tsan_write##N(void *p) { touch((char *)p, N, WRITE, PC); }                  \
-  MLSYS_API void __tsan_unaligned_read##N(void *p) { touch((char *)p, N, READ, PC); }          \
-  MLSYS_API void __tsan_unaligned_write##N(void *p) { touch((char *)p, N, WRITE, PC); }        \
-  MLSYS_API void __tsan_volatile_read##N(void *p) { volatile_access((char *)p, N, READ, PC); } \
-  MLSYS_API void __tsan_volatile_write##N(void *p) { volatile_access((char *)p, N, WRITE, PC); }
-ACCESS(1) ACCESS(2) ACCESS(4) ACCESS(8) ACCESS(16) static void range(char *p, size_t n, int kind, const void *pc) {
+// In pieces that are aligned: what need not lie at a multiple of its size, such as a structure of two floats.
+static void range(char *p, size_t n, int kind, const void *pc) {
   for (size_t step; n; p += step, n -= step) {
     step = 16;
     while (step > n || (uintptr_t)p % step) step /= 2;
     touch(p, (unsigned)step, kind, pc);
   }
 }
+#define ACCESS(N)                                                                              \
+  MLSYS_API void __tsan_read##N(void *p) { touch((char *)p, N, READ, PC); }                    \
+  MLSYS_API void __tsan_write##N(void *p) { touch((char *)p, N, WRITE, PC); }                  \
+  MLSYS_API void __tsan_unaligned_read##N(void *p) { range((char *)p, N, READ, PC); }          \
+  MLSYS_API void __tsan_unaligned_write##N(void *p) { range((char *)p, N, WRITE, PC); }        \
+  MLSYS_API void __tsan_volatile_read##N(void *p) { volatile_access((char *)p, N, READ, PC); } \
+  MLSYS_API void __tsan_volatile_write##N(void *p) { volatile_access((char *)p, N, WRITE, PC); }
+ACCESS(1) ACCESS(2) ACCESS(4) ACCESS(8) ACCESS(16)
 MLSYS_API void __tsan_read_range(void *p, unsigned long n) { range((char *)p, n, READ, PC); }
 MLSYS_API void __tsan_write_range(void *p, unsigned long n) { range((char *)p, n, WRITE, PC); }
-MLSYS_API void *__tsan_memcpy(void *to, const void *from, size_t n) {
-  range((char *)from, n, READ, PC);
-  range((char *)to, n, WRITE, PC);
-  return memcpy(to, from, n);
-}
-MLSYS_API void *__tsan_memmove(void *to, const void *from, size_t n) {
-  range((char *)from, n, READ, PC);
-  range((char *)to, n, WRITE, PC);
-  return memmove(to, from, n);
-}
-MLSYS_API void *__tsan_memset(void *to, int v, size_t n) {
-  range((char *)to, n, WRITE, PC);
-  return memset(to, v, n);
-}
+// A kernel's own calls (mlsys_cuda.h), and those that clang makes of its copies: before clang 16 by their ordinary names.
+#define WHOLE(PREFIX)                                                          \
+  MLSYS_API void *PREFIX##memcpy(void *to, const void *from, size_t n) {       \
+    range((char *)from, n, READ, PC);                                          \
+    range((char *)to, n, WRITE, PC);                                           \
+    return memcpy(to, from, n);                                                \
+  }                                                                            \
+  MLSYS_API void *PREFIX##memmove(void *to, const void *from, size_t n) {      \
+    range((char *)from, n, READ, PC);                                          \
+    range((char *)to, n, WRITE, PC);                                           \
+    return memmove(to, from, n);                                               \
+  }                                                                            \
+  MLSYS_API void *PREFIX##memset(void *to, int v, size_t n) {                  \
+    range((char *)to, n, WRITE, PC);                                           \
+    return memset(to, v, n);                                                   \
+  }
+WHOLE(__tsan_) WHOLE(__wrap_)
 // C++'s own atomic operations, where a kernel uses them.
 MLSYS_API void __tsan_atomic_thread_fence(int) { check_fence(); }
 MLSYS_API void __tsan_atomic_signal_fence(int) {}
@@ -754,7 +759,7 @@ MLSYS_API void __tsan_atomic_signal_fence(int) {}
     __atomic_compare_exchange_n(p, &e, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);            \
     return e;                                                                                    \
   }                                                                                              \
-  FETCH(N, T, add) FETCH(N, T, sub) FETCH(N, T, and) FETCH(N, T, or) FETCH(N, T, xor)
+  FETCH(N, T, add) FETCH(N, T, sub) FETCH(N, T, and) FETCH(N, T, or) FETCH(N, T, xor) FETCH(N, T, nand)
 ATOMICS(8, uint8_t) ATOMICS(16, uint16_t) ATOMICS(32, uint32_t) ATOMICS(64, uint64_t) struct OutOfBounds {
   const char *file;
   unsigned line, column;

@@ -18,7 +18,7 @@ template <class To, class From>
 inline To as_bits(From x) {
   static_assert(sizeof(To) == sizeof(From), "as_bits keeps the size");
   To r;
-  memcpy(&r, &x, sizeof r);
+  __builtin_memcpy(&r, &x, sizeof r);
   return r;
 }
 

@@ -40,6 +40,11 @@ mlsys_resume:
 )");
 constexpr int saved_words = 6;
 #elif defined(__aarch64__)
+#ifdef __ARM_FEATURE_BTI_DEFAULT  // then a jump may go to marked places only
+#define MLSYS_BACK "ret"
+#else
+#define MLSYS_BACK "br x30"
+#endif
 asm(R"(
 .text
 .hidden mlsys_switch
@@ -71,8 +76,7 @@ mlsys_resume:
   ldp d12, d13, [sp, #128]
   ldp d14, d15, [sp, #144]
   ldp x29, x30, [sp], #160
-  br x30
-)");
+  )" MLSYS_BACK);
 #else
 #error "mlsys runs CUDA kernels on x86-64 and aarch64 processors"
 #endif

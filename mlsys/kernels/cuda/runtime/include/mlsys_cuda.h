@@ -162,9 +162,9 @@ template <class T, class Read>
 inline auto collective(unsigned mask, const T &v, Read read, const char *what, const char *file, int line) {
   static_assert(sizeof(T) <= 64, "a lane shows at most 64 bytes");
   int h = flip();
-  memcpy(slot(lane(), h), &v, sizeof(T));
+  __builtin_memcpy(slot(lane(), h), &v, sizeof(T));
   wait_warp(mask, what, file, line);
-  return read([h](int l) { T r; memcpy(&r, slot(l, h), sizeof(T)); return r; });
+  return read([h](int l) { T r; __builtin_memcpy(&r, slot(l, h), sizeof(T)); return r; });
 }
 
 template <class T>
@@ -258,9 +258,9 @@ template <class T, class Op> MLSYS_RAW inline T exchange(T *p, Op op) {
   Bits seen = __atomic_load_n((Bits *)p, __ATOMIC_RELAXED), next;
   T old;
   do {
-    memcpy((void *)&old, &seen, sizeof old);
+    __builtin_memcpy((void *)&old, &seen, sizeof old);
     T now = op(old);
-    memcpy(&next, (const void *)&now, sizeof next);
+    __builtin_memcpy(&next, (const void *)&now, sizeof next);
   } while (!__atomic_compare_exchange_n((Bits *)p, &seen, next, true, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED));
   return old;
 }
@@ -345,7 +345,7 @@ inline float sinpif(float x) { return sinf(3.14159265358979324f * fmodf(x, 2.0f)
 inline float rcbrtf(float x) { return 1.0f / cbrtf(x); }
 inline float fdividef(float a, float b) { return a / b; }
 
-template <class To, class From> inline To mlsys_bits(From x) { static_assert(sizeof(To) == sizeof(From)); To r; memcpy(&r, &x, sizeof r); return r; }
+template <class To, class From> inline To mlsys_bits(From x) { static_assert(sizeof(To) == sizeof(From)); To r; __builtin_memcpy(&r, &x, sizeof r); return r; }
 inline int __float_as_int(float x) { return mlsys_bits<int>(x); }
 inline unsigned __float_as_uint(float x) { return mlsys_bits<unsigned>(x); }
 inline float __int_as_float(int x) { return mlsys_bits<float>(x); }
@@ -380,6 +380,17 @@ inline int __dp4a(int a, int b, int c) {
   for (int i = 0; i < 4; i++) c += (int)(int8_t)(a >> (8 * i)) * (int)(int8_t)(b >> (8 * i));
   return c;
 }
+#ifdef MLSYS_CHECK   // what a call moves is looked at too; the compilers do not see to that
+extern "C" {
+void *__tsan_memcpy(void *to, const void *from, size_t n);
+void *__tsan_memmove(void *to, const void *from, size_t n);
+void *__tsan_memset(void *to, int value, size_t n);
+}
+namespace std { using ::__tsan_memcpy; using ::__tsan_memmove; using ::__tsan_memset; }
+#define memcpy __tsan_memcpy
+#define memmove __tsan_memmove
+#define memset __tsan_memset
+#endif
 template <class T> inline size_t __cvta_generic_to_shared(T *p) { return (size_t)p; }
 inline long long clock64() { return 0; }
 inline int clock() { return 0; }

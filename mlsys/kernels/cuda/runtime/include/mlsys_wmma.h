@@ -115,7 +115,7 @@ MLSYS_OP void load(F &f, const T *p, unsigned ldm, bool by_rows) {
   unsigned step;
   walk(f, p, ldm, by_rows, &at, step);
   tell<F>(p, ldm, by_rows, 0, __builtin_return_address(0));
-  for (int i = 0; i < F::num_elements; i++) memcpy(&f.x[i], at + (size_t)i * step, sizeof(T));
+  for (int i = 0; i < F::num_elements; i++) __builtin_memcpy(&f.x[i], at + (size_t)i * step, sizeof(T));
 }
 template <class F, class T>
 MLSYS_OP void store(const F &f, T *p, unsigned ldm, bool by_rows) {
@@ -123,7 +123,7 @@ MLSYS_OP void store(const F &f, T *p, unsigned ldm, bool by_rows) {
   unsigned step;
   walk(f, p, ldm, by_rows, &at, step);
   tell<F>((const T *)p, ldm, by_rows, 1, __builtin_return_address(0));
-  for (int i = 0; i < F::num_elements; i++) memcpy((void *)(at + (size_t)i * step), &f.x[i], sizeof(T));
+  for (int i = 0; i < F::num_elements; i++) __builtin_memcpy((void *)(at + (size_t)i * step), &f.x[i], sizeof(T));
 }
 
 template <class U, int M, int N, int K, class T, class L>
