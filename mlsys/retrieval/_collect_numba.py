@@ -130,8 +130,7 @@ def collect(
         if counts[q] < 0:
             continue
         row = products[r]
-        heap, kept, where = heaps[q], estimates[q], slots[q]
-        bar = heap[0] + slack[q]
+        bar = heaps[q, 0] + slack[q]
         for start in range(0, n, BLOCK):
             end = min(start + BLOCK, n)
             lowest = np.float32(np.inf)
@@ -146,19 +145,30 @@ def collect(
             for i in range(start, end):
                 estimate = row[i] + halves[i]
                 if estimate <= bar and (not filtered or allowed[i]):
-                    if counts[q] == len(kept):
-                        counts[q] = _thin(heap, slack[q], kept, where, len(kept))
-                        if counts[q] > len(kept) - len(kept) // 8:
-                            counts[q] = -1
-                            break
-                    kept[counts[q]] = estimate
-                    where[counts[q]] = first + i
-                    counts[q] += 1
-                    if estimate < heap[0]:
-                        _replace_top(heap, estimate)
-                        bar = heap[0] + slack[q]
+                    bar = note(q, estimate, first + i, heaps, slack, estimates, slots, counts)
+                    if counts[q] < 0:
+                        break
             if counts[q] < 0:
                 break
+
+
+@njit(cache=True, nogil=True, inline="always")
+def note(
+    q: int, estimate: float, slot: int, heaps: Array, slack: Array, estimates: Array, slots: Array, counts: Array
+) -> float:
+    """Put an estimate that is not above the bar into the list of query q; its bar then, −∞ if it has overflown."""
+    heap, kept = heaps[q], estimates[q]
+    if counts[q] == len(kept):
+        counts[q] = _thin(heap, slack[q], kept, slots[q], len(kept))
+        if counts[q] > len(kept) - len(kept) // 8:
+            counts[q] = -1
+            return np.float32(-np.inf)
+    kept[counts[q]] = estimate
+    slots[q, counts[q]] = slot
+    counts[q] += 1
+    if estimate < heap[0]:
+        _replace_top(heap, estimate)
+    return heap[0] + slack[q]
 
 
 @njit(cache=True, nogil=True)

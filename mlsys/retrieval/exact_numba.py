@@ -1,40 +1,51 @@
 """Brute force, with the selection compiled: the same index and the same results as `exact`, faster.
 
 What `exact` spends beside the matrix product goes into passes over the estimates:
-adding ½‖x‖², block minima, gathering the blocks that pass. Here one compiled loop
-does all of it while the estimates are in cache: 16 at a time are compared with
-the bar, and after the first tiles hardly any is below.
+adding ½‖x‖², block minima, gathering the blocks that pass. Here the estimates never
+reach memory: they are summed up in registers, a few vectors times a few queries at a
+time, and compared with the bar there (`_registers_numba`). After the first tiles hardly
+any is below.
 
 A few queries get no matrix product at all: reading the vectors takes longer than
 computing with them. So one loop reads each vector once, and finds Σ(q − x)² in
-registers, for up to 4 queries at a time.
+registers, for up to 8 queries at a time.
+
+Many queries are shared out among as many threads as numba is set to, each its own: what
+is found does not depend on how many.
 
 Cost:
-    As `exact`: n·d multiply-adds a query; then n/16 comparisons.
+    As `exact`: n·d multiply-adds a query; then n comparisons, 16 or so at once.
 
 Memory:
-    As `exact`; one tile of estimates (16 MB).
+    As `exact`; in place of the tile, the queries once more and a few candidates each.
 
 Papers:
     Those of `exact`.
 
 See also:
-    `exact` (the readable version: why the results are exact), `_collect_numba` (the selection).
+    `exact` (the readable version: why the results are exact), `_registers_numba` (the product),
+    `_collect_numba` (the selection).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numba
 import numpy as np
 from numba import njit
 
 from mlsys.retrieval import _rank, exact
 from mlsys.retrieval._collect_numba import Collector, collect
+from mlsys.retrieval._registers_numba import COLUMNS, compare, panels
 
 Array = np.ndarray
 
-TILE = 4096  # vectors in a tile
-QUERIES = 1024  # queries in a tile: 16 MB of estimates
+TILE = 4096  # vectors that are gathered at once, where a filter leaves some
+QUERIES = 1024  # queries that are searched together
 CANDIDATES = 1 << 20  # neighbours that are looked for at once: each takes 52 bytes (see `Collector`)
+ENOUGH = 1 << 24  # multiply-adds for which another thread is worth its start
 FEW = 8  # queries that are compared directly, without a matrix product
 STREAM = 256  # vectors whose estimates are held at once in the direct way
 NONE = np.empty(0, np.bool_)
@@ -58,18 +69,10 @@ class Exact(exact.Exact):
         n = len(x) if rows is None else len(rows)
         k_here = min(k, n)
         collector = Collector(len(queries), k_here, slack)
-        which = np.arange(len(queries))
-        negated = -queries
         if len(queries) <= FEW and rows is None:
             _stream(queries, x, self.metric == "l2", *collector.state)
         else:
-            room = np.empty(len(queries) * min(TILE, n), np.float32)
-            for start in range(0, n, TILE):
-                some = slice(start, start + TILE) if rows is None else rows[start : start + TILE]
-                near = x[some]
-                products = room[: len(queries) * len(near)].reshape(len(queries), len(near))
-                np.matmul(negated, near.T, out=products)
-                collect(products, halves[some], start, which, NONE, *collector.state)
+            _compare(queries, x, halves, rows, collector)
         overflown = collector.settle(self.metric, queries, x, self._ids, rows, distances, ids, by_row=True)
         for q in overflown:
             one = slice(q, q + 1)
@@ -79,6 +82,39 @@ class Exact(exact.Exact):
 def at_once(k: int) -> int:
     """How many queries are searched together: QUERIES, but fewer if their lists of candidates get long."""
     return max(1, min(QUERIES, CANDIDATES // k))
+
+
+def _compare(queries: Array, x: Array, halves: Array, rows: Array | None, collector: Collector) -> None:
+    """Collect candidates among these rows (None: all), by the product in registers."""
+    n = len(x) if rows is None else len(rows)
+    step = n if rows is None else TILE
+    columns = panels(queries)
+    parts = list(_parts(len(columns), _threads(len(queries) * n * x.shape[1])))
+    states = [[a[p.start * COLUMNS : p.stop * COLUMNS] for a in collector.state] for p in parts]
+    with ThreadPoolExecutor(len(parts)) as pool:  # which starts no thread before it has work
+        for start in range(0, n, step):
+            some = slice(start, start + step) if rows is None else rows[start : start + step]
+            near, added = x[some], halves[some]
+            if len(parts) == 1:
+                compare(columns, near, added, start, *states[0])
+                continue
+            work = [
+                pool.submit(compare, columns[p], near, added, start, *state)
+                for p, state in zip(parts, states, strict=True)
+            ]
+            for done in work:
+                done.result()
+
+
+def _threads(steps: int) -> int:
+    """How many threads share this many multiply-adds."""
+    return 1 if steps < 2 * ENOUGH else min(numba.get_num_threads(), steps // ENOUGH)
+
+
+def _parts(n: int, most: int) -> Iterator[slice]:
+    """0 … n in up to `most` parts, of one length but for the last."""
+    each = -(-n // most)
+    return (slice(start, min(start + each, n)) for start in range(0, n, each))
 
 
 @njit(cache=True, nogil=True)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mlsys.contracts._retrieval_exact import distances
 from mlsys.contracts.core import check
 from mlsys.contracts.retrieval import CONTRACTS
-from mlsys.retrieval import _rank, exact, exact_numba
+from mlsys.retrieval import _rank, _registers_numba, exact, exact_numba
 
 CONTRACT = CONTRACTS["exact"]
 
@@ -85,6 +85,39 @@ def test_does_not_depend_on_tiles_or_the_batch(Exact, monkeypatch):
         monkeypatch.setattr(module, name, value)
         for a, b in zip(index.search(queries, 20), want, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+ROWS, COLUMNS = _registers_numba.ROWS, _registers_numba.COLUMNS
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("d", [1, 3, 128])
+def test_tiles_of_registers_that_do_not_come_out_even(metric, d):
+    for n in (1, ROWS - 1, ROWS, ROWS + 1, 5 * ROWS + 3):
+        for m in (exact_numba.FEW + 1, COLUMNS - 1, COLUMNS, COLUMNS + 1, 2 * COLUMNS + 5):
+            x, queries = whole_numbers(n, n, d), whole_numbers(m + 1000, m, d)
+            k = min(3, n)
+            near, ids = exact_numba.Exact(metric).fit(x).search(queries, k)
+            want, order = brute(metric, x, queries, k)
+            np.testing.assert_array_equal(near, want)
+            np.testing.assert_array_equal(ids, order)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 64])
+def test_does_not_depend_on_threads(threads, monkeypatch):
+    rng = np.random.default_rng(0)
+    x, queries = (np.round(rng.standard_normal((n, 20)), 1).astype(np.float32) for n in (700, 5 * COLUMNS - 3))
+    index = exact_numba.Exact().fit(x)
+    kept = rng.random(len(x)) < 0.5
+    want = index.search(queries, 20), index.search(queries, 20, filter=kept)
+    asked = []
+    monkeypatch.setattr(exact_numba, "_threads", lambda steps: asked.append(steps) or threads)
+    monkeypatch.setattr(exact_numba, "TILE", 50)
+    got = index.search(queries, 20), index.search(queries, 20, filter=kept)
+    assert asked == [len(queries) * len(x) * 20, len(queries) * int(kept.sum()) * 20]
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a[0], b[0])
+        np.testing.assert_array_equal(a[1], b[1])
 
 
 def test_thousands_of_equal_vectors(Exact):
