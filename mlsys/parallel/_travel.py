@@ -9,6 +9,7 @@ and those that it would not find travel by value too.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import linecache
 import os
@@ -58,7 +59,11 @@ class _Pickler(cloudpickle.Pickler):
                 if filename in linecache.cache and not Path(filename).exists():
                     self.sources[filename] = linecache.cache[filename]
         elif isinstance(obj, ModuleType):
-            self._decide(obj.__name__)
+            by_value = self._decide(obj.__name__)
+            # cloudpickle knows modules by their exact type, and takes along those that an attribute's name fits:
+            # `torch.distributed.config`, of a class of its own, for any function with `dist` and a `.config` in it.
+            if type(obj) is not ModuleType and not by_value and sys.modules.get(obj.__name__) is obj:
+                return importlib.import_module, (obj.__name__,)
         elif type(obj) is torch.Tensor and _is_plain(obj):
             return _reduced(obj)
         return super().reducer_override(obj)

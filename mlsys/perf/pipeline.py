@@ -139,6 +139,10 @@ def makespan(schedule: str, stages: int, microbatches: int, *, chunks: int = 1, 
     The time of a step if all devices wait for one another after it, as they do for a gradient norm.
     """
     one = bubble(schedule, stages, microbatches, chunks=chunks, times=times)
+    if schedule == "zb-h1":  # rank r starts r·F late; up to this one each fills one wait less with a W
+        rank = min(microbatches, stages) - 1
+        late = rank * times.forward + (stages - 1 - rank) * (times.forward + times.backward_input)
+        return one.ideal + max(one.seconds, late)
     if schedule == "zb-h2":  # the last rank has no bubble, but starts late
         return one.ideal + max(one.seconds, (stages - 1) * times.forward)
     if schedule == "zbv":  # the same; what it waits for are chunks, half as long

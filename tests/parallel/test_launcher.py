@@ -111,6 +111,13 @@ def test_lambdas_closures_builtins_methods_and_partials_can_be_launched():
     assert launch("a,b".split, 2, ",") == [["a", "b"], ["a", "b"]]
 
 
+def test_names_that_are_also_modules_of_torch_can_be_launched():
+    def program(settings):  # there is a torch.distributed.config, which is no ordinary module
+        return settings.config + dist.get_rank()
+
+    assert launch(program, 2, types.SimpleNamespace(config=5)) == [5, 6]
+
+
 @pytest.mark.parametrize("size", [0, 1, 5_000_000])
 def test_results_of_any_size(size):
     small, large = launch(lambda: torch.full((size,), float(dist.get_rank())), 2)

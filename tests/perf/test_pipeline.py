@@ -7,7 +7,7 @@ runs its list in order, each operation as soon as what it needs is there. Times 
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mlsys.perf import pipeline
@@ -143,6 +143,7 @@ def runs(draw):
 
 
 @given(runs())
+@example(("zb-h1", 2, 2, 1, Times(2, 1, 2)))  # the last rank has the shortest bubble, and ends last
 def test_formulas_are_what_a_simulation_finds(run):
     schedule, p, m, v, times = run
     makespan, span, most, sent = simulate(schedule, p, m, v, times)
