@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from mlsys.claims._parallel_counted import COUNTED
 from mlsys.claims._parallel_memory import ACTIVATIONS, RECOMPUTATION, ZERO_MEMORY
+from mlsys.claims._parallel_schedules import SIMULATED
+from mlsys.claims._parallel_tensor import TENSOR
 from mlsys.claims._parallel_time import (
     COMPRESSION,
     PIPELINES,
@@ -24,4 +26,6 @@ CLAIMS = [
     *RECOMPUTATION,
     *SPECULATION,
     *COUNTED,
+    *SIMULATED,
+    *TENSOR,
 ]

@@ -2,6 +2,9 @@
 
     parallel.collectives    all_reduce(tensor, group=None), in place: the sum over the ranks
     parallel.data_parallel  DataParallel(module, group=None): mean gradients when backward() returns
+    parallel.pipeline       step(stage, loss, inputs, targets, microbatches, group=None): 1F1B over send and receive
+    parallel.schedules      schedule(p, m): 1F1B as a table, {rank: [(kind, stage, microbatch), …]}
+    parallel.tensor         TensorMLP(up, down, group=None): an MLP of which each rank holds its columns and rows
     parallel.zero           ZeRO1(module, group=None) with .optimizer(cls, **options), .clip_grad_norm(max_norm)
     parallel.zero3          ZeRO3(module, group=None), the same, and .full_state_dict()
 
@@ -21,6 +24,14 @@ A case starts n processes and runs the implementation in each; `group=None` are 
 - **zero3**: weights are read by `.full_state_dict()`. And memory: after construction, after the forward pass, late in
   the backward pass and after a step, all tensors of a rank are counted, with those that autograd keeps. There is room
   for the share and a few layers, none for the whole model.
+- **tensor**: the result and the gradient of x, whole on every rank; the gradients of this rank's shares, over one or
+  two backward passes; x contiguous or not, and the gradient that backward() begins with too, or one number expanded.
+  That gradient may not be changed. A rank holds no more than its share, and sends no more than two all-reduces a pass.
+- **pipeline**: gradients of each rank's stage, which add up from step to step, and the mean loss; microbatches of
+  unequal size, fewer than ranks, stages whose result is not contiguous, a matrix that the first and the last stage
+  share. No rank holds more microbatches than under 1F1B.
+- **schedules**: no rank runs. The table can be run, a step takes no longer than 1F1B's, with equal costs and unequal
+  ones, and no rank holds more microbatches. Any order that does this will do.
 
 The oracle is one process in float64, on everybody's rows, with SGD and AdamW written out. Float64 results must agree to
 nine digits, float32 to four: far more than rounding in another order takes, far less than any mistake makes. A rank
@@ -38,11 +49,21 @@ See also:
 
 from __future__ import annotations
 
-from mlsys.contracts import _parallel_collectives, _parallel_data, _parallel_zero
+from mlsys.contracts import (
+    _parallel_collectives,
+    _parallel_data,
+    _parallel_pipeline,
+    _parallel_schedules,
+    _parallel_tensor,
+    _parallel_zero,
+)
 
 CONTRACTS = {
     "collectives": _parallel_collectives.COLLECTIVES.contract("parallel.collectives"),
     "data_parallel": _parallel_data.DATA_PARALLEL.contract("parallel.data_parallel"),
+    "pipeline": _parallel_pipeline.PIPELINE.contract("parallel.pipeline"),
+    "schedules": _parallel_schedules.contract("parallel.schedules"),
+    "tensor": _parallel_tensor.TENSOR.contract("parallel.tensor"),
     "zero": _parallel_zero.ZERO.contract("parallel.zero"),
     "zero3": _parallel_zero.ZERO_3.contract("parallel.zero3"),
 }

@@ -1,0 +1,52 @@
+"""How long the operations of a pipeline took, out of its timeline: to draw them, and to simulate with real costs.
+
+See also:
+    `mlsys.parallel.pipeline`, `mlsys.parallel.schedules` (`simulate`, `plot`), `mlsys.parallel.timeline` (`gather`).
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mlsys.parallel._schedule_ops import Op
+from mlsys.parallel.timeline import Ranks, Span
+
+_NAME = re.compile(r"(F|B|W|BW) of microbatch (\d+) in stage (\d+)")  # as Op prints
+
+
+class Measured(NamedTuple):
+    """Seconds of each stage: `simulate(schedule, *measured(ranks))`. A BW is `b`, with a `w` of 0."""
+
+    f: list[float]
+    b: list[float]
+    w: list[float]
+
+
+def operations(spans: Sequence[Span]) -> list[tuple[Op, float, float]]:
+    """The operations among a rank's spans, with start and end."""
+    found = []
+    for span in spans:
+        name = _NAME.fullmatch(span.name) if span.kind == "compute" else None
+        if name:
+            found.append((Op(name[1], int(name[3]), int(name[2])), span.start, span.end))
+    return found
+
+
+def measured(ranks: Ranks) -> Measured:
+    """The median time of each stage's operations in the spans of all ranks (`mlsys.parallel.timeline.gather`)."""
+    seconds: dict[tuple[str, int], list[float]] = {}
+    for spans in ranks:
+        for op, start, end in operations(spans):
+            kind = "B" if op.kind == "BW" else op.kind
+            seconds.setdefault((kind, op.stage), []).append(end - start)
+    if not seconds:
+        raise ValueError("ranks has no spans of a pipeline's operations: pass Pipeline(…, timeline=…), and run a step")
+    stages = 1 + max(stage for _, stage in seconds)
+
+    def medians(kind: str) -> list[float]:
+        return [statistics.median(seconds.get((kind, stage), [0.0])) for stage in range(stages)]
+
+    return Measured(medians("F"), medians("B"), medians("W"))
