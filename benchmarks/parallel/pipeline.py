@@ -74,7 +74,7 @@ def table(case: Case) -> tuple[Schedule, int]:
     return SCHEDULES[name](p, m), (2 if name in TWO_CHUNKS else 1) * p
 
 
-def case(schedule: str, ranks: int, *, layers: int = 8, width: int = 256, m: int = 8, batch: int = 16) -> Case:
+def case(schedule: str, ranks: int, *, layers: int = 8, width: int = 256, m: int = 8, batch: int = 8) -> Case:
     return {"schedule": schedule, "ranks": ranks, "layers": layers, "width": width, "m": m, "batch": batch}
 
 
