@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mlsys.claims._parallel_counted import COUNTED
 from mlsys.claims._parallel_memory import ACTIVATIONS, RECOMPUTATION, ZERO_MEMORY
+from mlsys.claims._parallel_mesh import RUN
 from mlsys.claims._parallel_schedules import SIMULATED
 from mlsys.claims._parallel_tensor import TENSOR
 from mlsys.claims._parallel_time import (
@@ -28,4 +29,5 @@ CLAIMS = [
     *COUNTED,
     *SIMULATED,
     *TENSOR,
+    *RUN,
 ]

@@ -7,8 +7,9 @@ import importlib.util
 import inspect
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlsys.commands import UsageError
 
@@ -98,16 +99,28 @@ def _table(name: str, args: argparse.Namespace) -> Schedule:
         return interleaved(args.p, args.m, args.v) if name == "interleaved" else SCHEDULES[name](args.p, args.m)
     table = load_object(name)
     if not callable(table):
-        return table
+        return _as_ops(table)
     try:
         inspect.signature(table).bind(args.p, args.m)
     except TypeError as error:
         raise UsageError(f"{name} cannot be called with p and m: {error}") from None
     try:
-        return table(args.p, args.m)
+        return _as_ops(table(args.p, args.m))
     except Exception as error:
         where = raised_at(error, split(name)[0]) or name
         raise UsageError(f"{where}: {type(error).__name__}: {error}") from error
+
+
+def _as_ops(table: Any) -> Any:
+    """The table with plain tuples (kind, stage, microbatch) as operations; of what else is wrong `validate` tells."""
+    from mlsys.parallel.schedules import Op
+
+    if not isinstance(table, Mapping):
+        return table
+    return {
+        rank: [Op(*op) if type(op) is tuple and len(op) == 3 else op for op in ops] if isinstance(ops, list) else ops
+        for rank, ops in table.items()
+    }
 
 
 def _plain(one: Simulation) -> dict[str, object]:

@@ -163,9 +163,14 @@ def tolerance(inputs: Inputs, name: str, want: np.ndarray) -> float:
     return float(ROUNDING[inputs["dtype"]] * np.abs(want).max(initial=1.0))
 
 
-def at_most(inputs: Inputs, got: np.ndarray, want: np.ndarray, allowed: float) -> str | None:
-    """What 1F1B holds is a bound."""
+def as_1f1b(inputs: Inputs, got: np.ndarray, want: np.ndarray, allowed: float) -> str | None:
+    """No more than 1F1B holds, and no fewer: ranks that start fewer wait for each other."""
     for rank, (held, limit) in enumerate(zip(got, want, strict=True)):
+        if held < limit:
+            return (
+                f"rank {rank} never has more than {held:.0f} microbatches in flight, 1F1B has {limit:.0f}: it waits "
+                "for a gradient when it could go on"
+            )
         if held > limit:
             return (
                 f"rank {rank} holds the activations of {held:.0f} microbatches at once, 1F1B no more than {limit:.0f}"
@@ -191,8 +196,9 @@ def _step(
     m, rows = microbatches, len(inputs)
     used = rows // m * m if mistake == "drops_the_rest" else rows
     xs, ys = inputs[:used].tensor_split(m), targets[:used].tensor_split(m)
-    warm_up = {"gpipe": m, "one_more": ranks - rank, "all_as_rank_0": ranks - 1}.get(mistake, ranks - 1 - rank)
-    warm_up = min(warm_up, m)
+    right = ranks - 1 - rank
+    warm_ups = {"gpipe": m, "one_more": right + 1, "one_short": max(right - 1, 0), "all_as_rank_0": ranks - 1}
+    warm_up = min(warm_ups.get(mistake, right), m)
     held: list[tuple[Tensor, Tensor, int]] = []
     sends: list[Any] = []
     total = torch.zeros((), dtype=inputs.dtype)
@@ -299,6 +305,8 @@ HINTS = {
     "gpipe": "all forward passes come first, so all microbatches are held: after the warm-up do one forward, one "
     "backward",
     "one_more": "a rank starts one microbatch too many before its first backward pass: the warm-up is ranks − 1 − rank",
+    "one_short": "a rank starts one microbatch too few before its first backward pass, so that every round trip has a "
+    "hole: the warm-up is ranks − 1 − rank, and a forward pass before each backward pass then",
     "all_as_rank_0": "all ranks warm up as long as the first: it is ranks − 1 − rank, and nothing on the last",
     "last_loss": "the loss returned is the last microbatch's: add up the weighted ones",
 }
@@ -332,6 +340,6 @@ PIPELINE = Exercise(
     oracle=oracle,
     tolerance=tolerance,
     wrong=WRONG,
-    compare={"microbatches in flight": at_most},
+    compare={"microbatches in flight": as_1f1b},
     incidental=("microbatches in flight",),
 )

@@ -106,6 +106,8 @@ def work(impl: Callable[..., Any], inputs: Inputs, group: Any, rank: int) -> Res
         if parameter.grad is None:
             raise Mismatch(f".{name} has no gradient after y.backward()")
         found[f"gradient of {name}"] = parameter.grad
+    if "down.bias" in parameters:
+        found["value of down.bias"] = parameters["down.bias"].detach()
     found["numbers held"] = torch.tensor(float(sum(p.numel() for p in mlp.parameters())))
     found["bytes sent"] = torch.tensor(_sent(book))
     return found
@@ -173,6 +175,7 @@ def oracle(inputs: Inputs) -> Mapping[str, np.ndarray]:
     if biases:
         want["gradient of up.bias"] = for_b.reshape(n, k)
         want["gradient of down.bias"] = np.stack([for_c] * n)
+        want["value of down.bias"] = np.stack([np.asarray(c)] * n)
     want["numbers held"] = np.full(n, 2.0 * k * width + (k + width if biases else 0))
     want["bytes sent"] = np.full(n, allowed(inputs))
     return want
@@ -244,6 +247,8 @@ class _Plain(nn.Module):
             if up.bias is not None:
                 self.up.bias.copy_(up.bias[of_up])
                 self.down.bias.copy_(down.bias)
+                if mistake == "bias_on_first_rank" and self.rank:
+                    self.down.bias.zero_()
 
     def reduced(self, tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor, group=self.group)
@@ -268,7 +273,7 @@ class _Plain(nn.Module):
             hidden = F.gelu(self.up(x))
         if self.mistake == "hidden_gathered":  # the input is cut again, as if the linear layers did not know each other
             hidden = _Operator.apply(_Operator.apply(hidden, self.whole, self.own), self.own, self.whole)
-        if self.mistake == "bias_on_each_rank":
+        if self.mistake in ("bias_on_each_rank", "bias_on_first_rank"):
             return self.f_bar(self.down(hidden))
         y = self.f_bar(F.linear(hidden, self.down.weight))
         return y if self.down.bias is None else y + self.down.bias
@@ -307,6 +312,8 @@ HINTS = {
     "sum_missing": "the result is this rank's part only: sum over the ranks after the second product",
     "mean": "the partial products are averaged: they are summed",
     "bias_on_each_rank": "the second bias is added once a rank: add it after the sum",
+    "bias_on_first_rank": "the second bias is zero on all ranks but the first, and added before the sum: every copy "
+    "gets the same gradient, so after an optimizer step it counts once a rank; keep it whole, and add it after the sum",
     "both_reduce": "the gradient is summed where the result was summed, too: the backward pass of a sum hands it on",
     "reduced_twice": "the gradient of x is summed twice: once is enough",
     "in_place": "the backward pass all-reduces the gradient that it was given in place, which others read: clone it",

@@ -2,6 +2,7 @@
 
     parallel.collectives    all_reduce(tensor, group=None), in place: the sum over the ranks
     parallel.data_parallel  DataParallel(module, group=None): mean gradients when backward() returns
+    parallel.mesh           groups(dp, pp, tp): which ranks talk to each other when three kinds are combined
     parallel.pipeline       step(stage, loss, inputs, targets, microbatches, group=None): 1F1B over send and receive
     parallel.schedules      schedule(p, m): 1F1B as a table, {rank: [(kind, stage, microbatch), …]}
     parallel.tensor         TensorMLP(up, down, group=None): an MLP of which each rank holds its columns and rows
@@ -29,9 +30,10 @@ A case starts n processes and runs the implementation in each; `group=None` are 
   That gradient may not be changed. A rank holds no more than its share, and sends no more than two all-reduces a pass.
 - **pipeline**: gradients of each rank's stage, which add up from step to step, and the mean loss; microbatches of
   unequal size, fewer than ranks, stages whose result is not contiguous, a matrix that the first and the last stage
-  share. No rank holds more microbatches than under 1F1B.
+  share. Each rank holds as many microbatches as under 1F1B.
 - **schedules**: no rank runs. The table can be run, a step takes no longer than 1F1B's, with equal costs and unequal
   ones, and no rank holds more microbatches. Any order that does this will do.
+- **mesh**: no rank runs. Groups may be listed in any order, ranks in a group in that of their places.
 
 The oracle is one process in float64, on everybody's rows, with SGD and AdamW written out. Float64 results must agree to
 nine digits, float32 to four: far more than rounding in another order takes, far less than any mistake makes. A rank
@@ -52,6 +54,7 @@ from __future__ import annotations
 from mlsys.contracts import (
     _parallel_collectives,
     _parallel_data,
+    _parallel_mesh,
     _parallel_pipeline,
     _parallel_schedules,
     _parallel_tensor,
@@ -61,6 +64,7 @@ from mlsys.contracts import (
 CONTRACTS = {
     "collectives": _parallel_collectives.COLLECTIVES.contract("parallel.collectives"),
     "data_parallel": _parallel_data.DATA_PARALLEL.contract("parallel.data_parallel"),
+    "mesh": _parallel_mesh.contract("parallel.mesh"),
     "pipeline": _parallel_pipeline.PIPELINE.contract("parallel.pipeline"),
     "schedules": _parallel_schedules.contract("parallel.schedules"),
     "tensor": _parallel_tensor.TENSOR.contract("parallel.tensor"),

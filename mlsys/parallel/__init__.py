@@ -10,6 +10,7 @@
 `tensor`              a share of every matrix on every rank, and of the sequence: `parallelize`.
 `schedules`           pipeline schedules as tables: checked, simulated, drawn.
 `pipeline`            the model in stages, and any schedule run over messages.
+`mesh`                data, pipeline and tensor parallelism together: `Parallel` on a `mesh(dp, pp, tp)`.
 `sharded_checkpoint`  saving shards so that a kill loses nothing, and loading them on another number of ranks.
 `timeline`            where each rank's time went.
 """

@@ -21,7 +21,7 @@ def timed(what: Timed) -> Simulation:
     if isinstance(what, Simulation):
         return what
     first: Any = next((ops[0] for ops in what.values() if ops), None) if isinstance(what, Mapping) else None
-    if isinstance(first, tuple) and not isinstance(first, Op):
+    if isinstance(first, tuple) and first and isinstance(first[0], Op):
         return observed(what)  # type: ignore[arg-type]
     return simulate(what)  # type: ignore[arg-type]
 

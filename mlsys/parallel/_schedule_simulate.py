@@ -89,7 +89,12 @@ def simulate(schedule: Table, f: Cost = 1, b: Cost = 1, w: Cost = 1, comm: Numbe
     seconds = {(kind, stage): int(cost * ticks) for kind, each in costs.items() for stage, cost in enumerate(each)}
     starts, ends = run(schedule, summary.rank_of, seconds, int(delay * ticks))
 
-    return _figures(schedule, summary, starts, ends, ticks)
+    try:
+        return _figures(schedule, summary, starts, ends, ticks)
+    except OverflowError:
+        raise ValueError(
+            f"f={f!r}, b={b!r}, w={w!r}: too large for their sum to be a number; use other units"
+        ) from None
 
 
 def observed(spans: Spans) -> Simulation:
@@ -129,7 +134,8 @@ def _figures(schedule: Table, summary: Summary, starts: Times, ends: Times, tick
     makespan = max(row[-1] for row in ends.values())
     ranks: dict[int, RankTime] = {}
     peak: dict[int, float] = {}
-    working, span_bubble = 0, 0.0
+    working: float = 0
+    span_bubble = 0.0
     for rank, ops in schedule.items():
         start, end = starts[rank][0], ends[rank][-1]
         busy = sum(ends[rank]) - sum(starts[rank])

@@ -55,7 +55,7 @@ class _Columns(torch.autograd.Function):
         (x, *weights), there, cut = ctx.saved_tensors, ctx.there, ctx.cut
         wanted = ctx.needs_input_grad
         needs_x, needs_weight, needs_bias = wanted[0], wanted[4 : 4 + ctx.count], wanted[4 + ctx.count :]
-        flat = [gradient.flatten(0, -2) for gradient in gradients]
+        flat = [_rows_of(gradient) for gradient in gradients]
         regathered = there.begin_gathered(x) if cut and any(needs_weight) else (x, None)
 
         for_x: Tensor | None = None
@@ -72,7 +72,7 @@ class _Columns(torch.autograd.Function):
         whole, arriving = regathered
         if arriving is not None:
             arriving.wait()
-        rows_of_x = whole.flatten(0, -2)
+        rows_of_x = _rows_of(whole)
         for_weights = [g.mT @ rows_of_x if need else None for g, need in zip(flat, needs_weight, strict=True)]
         for_biases = [g.sum(0) if need else None for g, need in zip(flat, needs_bias, strict=True)]
         if travelling is not None:
@@ -112,11 +112,11 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        for_bias = gradient.flatten(0, -2).sum(0) if needs_bias else None
+        for_bias = _rows_of(gradient).sum(0) if needs_bias else None
         whole = ctx.there.gathered(gradient) if ctx.cut else gradient
-        flat = whole.flatten(0, -2)
+        flat = _rows_of(whole)
         for_x = (flat @ weight).view(x.shape) if needs_x else None
-        for_weight = flat.mT @ x.flatten(0, -2) if needs_weight else None
+        for_weight = flat.mT @ _rows_of(x) if needs_weight else None
         return for_x, for_weight, for_bias, None, None
 
 
@@ -130,3 +130,8 @@ def _same_dtype(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | 
         return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
 
     return cast(x), [cast(weight) for weight in weights], [cast(bias) for bias in biases]
+
+
+def _rows_of(x: Tensor) -> Tensor:
+    """As a matrix: a single vector is one row."""
+    return x[None] if x.ndim == 1 else x.flatten(0, -2)

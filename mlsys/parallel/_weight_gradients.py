@@ -5,11 +5,12 @@ For y = x Wᵀ + b the backward pass gets g = ∂L/∂y and works out two produc
     ∂L/∂x = g W          what the stage before waits for: "B"
     ∂L/∂W = gᵀ x         nobody waits for it before the optimizer: "W", with ∂L/∂b = the sum of g over its rows
 
-Within `deferring(store)` every call of `F.linear`, by `nn.Linear` or by hand, is an autograd function whose backward
-pass returns the first and leaves (x, g) in the store; `store.run()` works out the second. It is added to `.grad` by the
+Within `deferring(store)` a call of `F.linear`, by `nn.Linear` or by hand, is an autograd function whose backward pass
+returns the first and leaves (x, g) in the store; `store.run()` works out the second. It is added to `.grad` by the
 autograd engine itself, so hooks on a parameter fire as ever, only later. All other gradients (norms, embedding rows,
-convolutions, `x @ W`) come with B: they are right, and not put off. So are those of a weight that is itself computed,
-as by a parametrization: only leaves can wait; and those of layers under activation checkpointing.
+convolutions, `x @ W`, `nn.MultiheadAttention`) come with B: they are right, and not put off. So are those of a weight
+that is itself computed, as by a parametrization: only leaves can wait; and those of layers under activation
+checkpointing.
 
 A mode and no change of the module: whoever calls the same module outside of it, or has a graph of it from before, is
 not concerned.

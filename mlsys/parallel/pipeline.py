@@ -223,8 +223,8 @@ class Pipeline:
                     yield name, parameter
 
     def state_dict(self) -> dict[str, Tensor]:
-        """This rank's part of the whole model's; for stages of `split`, whose names do not collide."""
-        return {name: tensor for stage in self.stages.values() for name, tensor in stage.state_dict().items()}
+        """This rank's part of the whole model's. ValueError if two stages use one name; those of `split` do not."""
+        return {name: tensor for name, tensor, _, _ in self._named_state()}
 
     def full_state_dict(self, *, rank0_only: bool = False) -> dict[str, Tensor]:
         """The whole model's, as one process has it, copied; to be called on all ranks.
@@ -232,12 +232,15 @@ class Pipeline:
         With `rank0_only` the others get an empty dictionary, and hold one tensor at a time.
         """
         own = self.state_dict()
-        everyone = gathered(self._links, [(name, tuple(t.shape), t.dtype) for name, t in own.items()])
+        mine = [(name, tuple(t.shape), t.dtype, number, shared) for name, t, number, shared in self._named_state()]
         found: dict[str, Tensor] = {}
-        for owner, entries in enumerate(everyone):
-            for name, shape, dtype in entries:
+        users: dict[str, int] = {}
+        for owner, entries in enumerate(gathered(self._links, mine)):
+            for name, shape, dtype, number, shared in entries:
                 if name in found:
+                    _check_shared(name, users[name], number, shared)
                     continue
+                users[name] = number
                 here = owner == self.rank
                 whole = own[name].detach().clone() if here else torch.empty(shape, dtype=dtype, device=self.device)
                 whole = whole.contiguous()
@@ -245,6 +248,17 @@ class Pipeline:
                     dist.broadcast(whole.view(-1).view(torch.uint8), group=self._links.group, group_src=owner)
                 found[name] = whole if not rank0_only or self.rank == 0 else torch.empty(0)
         return found if not rank0_only or self.rank == 0 else {}
+
+    def _named_state(self) -> list[tuple[str, Tensor, int, bool]]:
+        """Names and tensors of this rank's stages, each with its stage, and whether other stages have it too."""
+        found: dict[str, tuple[str, Tensor, int, bool]] = {}
+        for number, stage in self.stages.items():
+            several = getattr(stage, "shared", {})
+            for name, tensor in stage.state_dict().items():
+                if name in found:
+                    _check_shared(name, found[name][2], number, name in several)
+                found.setdefault(name, (name, tensor, number, name in several))
+        return list(found.values())
 
     # --- one step ---
 
@@ -262,6 +276,9 @@ class Pipeline:
             if targets is None:
                 raise ValueError(f"targets=None, and rank {self.rank} has the last stage, which computes the loss")
             wanted = microbatches("targets", targets, self.microbatches)
+            rows = sum(one.rows for one in batch), sum(one.rows for one in wanted)
+            if rows[0] != rows[1] and not isinstance(targets, list):
+                raise ValueError(f"inputs have {rows[0]} samples and targets {rows[1]}: they are cut alike")
         step = _Step(batch, wanted, shares(batch, wanted, self.count) if last_here else [], self.device)
         self._broken = True  # until the end is reached
         if training:
@@ -387,6 +404,14 @@ class _Step:
         self.held: dict[tuple[int, int], tuple[list[Tensor], list[GradientEdge]]] = {}
         self.stores: dict[tuple[int, int], Store] = {}
         self.total = torch.zeros((), dtype=torch.float64, device=device)
+
+
+def _check_shared(name: str, one: int, other: int, shared: bool) -> None:
+    if not shared:
+        raise ValueError(
+            f"stages {one} and {other} both have a {name}, and one would take the other's place: name them apart, as "
+            "nn.Sequential(OrderedDict(…)) does, or cut the model with split"
+        )
 
 
 def _tensors(result: Any, number: int) -> list[Tensor]:

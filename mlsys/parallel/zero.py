@@ -102,7 +102,7 @@ class _Replicated(Sharded):
         self._sync = True
         self._next = 0  # the first bucket that is not sent yet
         loads = [0] * self.size
-        self.flats = [self._lay_out(bucket, loads) for bucket in _buckets(module, bucket_mb, dtype)]
+        self.flats = [self._lay_out(bucket, loads) for bucket in self._plan(module, bucket_mb)]
         with torch.no_grad():
             for flat in self.flats:
                 self._shard(flat)
@@ -132,6 +132,10 @@ class _Replicated(Sharded):
         After writing into the tensors call `sync_weights()`.
         """
         return super().pieces() + self._frozen
+
+    def _plan(self, module: nn.Module, bucket_mb: float) -> list[list[nn.Parameter]]:
+        """Which parameters travel together."""
+        return _buckets(module, bucket_mb, self.dtype)
 
     def _shard(self, flat: Flat) -> None:
         full = flat.collect()

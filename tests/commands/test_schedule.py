@@ -31,6 +31,10 @@ def unlike(p):
     return {}
 
 
+def plain(p, m):
+    return {r: [(kind, r, i) for i in range(m) for kind in ("F", "BW")] for r in range(p)}
+
+
 TABLE = right(2, 2)
 """
 
@@ -64,6 +68,10 @@ def test_every_schedule_has_its_name(run):
     told = json.loads(run(*schedule.SHOWN, "--json"))
     assert [told[name]["makespan"] for name in schedule.SHOWN] == [96, 33, 33, 28.5, 27, 27, 25.5]
     assert told["1f1b"]["spans"][3][0] == ["F", 3, 0, 3, 4]
+
+
+def test_plain_tuples_as_the_contract_takes_them(run, mine):
+    assert "makespan 24; bubble 50.0%" in run("--file", f"{mine}:plain", "-p", "2", "-m", "4")
 
 
 def test_ones_own(run, mine):

@@ -978,6 +978,24 @@ class Wrong(nn.Module):
         return {"x": x}
 
 
+def test_stages_whose_names_collide_have_no_state_of_a_whole_model():
+    pipe = Pipeline([nn.Linear(6, 6), nn.Linear(6, 6)], _two_stages(), squares)
+    for of in (pipe.state_dict, pipe.full_state_dict):
+        with pytest.raises(ValueError, match="stages 0 and 1 both have a weight"):
+            of()
+    assert len(list(pipe.parameters())) == 4
+
+
+def _two_stages():
+    return {0: [Op("F", 0, 0), Op("F", 1, 0), Op("BW", 1, 0), Op("BW", 0, 0)]}
+
+
+def test_inputs_and_targets_are_cut_alike():
+    pipe = Pipeline([nn.Linear(6, 6), nn.Linear(6, 6)], _two_stages(), squares)
+    with pytest.raises(ValueError, match="inputs have 4 samples and targets 7"):
+        pipe.step(torch.ones(4, 6), torch.ones(7, 6))
+
+
 def test_what_stages_and_losses_must_return():
     x, y = rows(2, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"loss gave shape \(1, 6\) for microbatch 0: a scalar tensor is needed"):

@@ -604,3 +604,13 @@ def test_all_is_exported():
     assert {"validate", "simulate", "show", "plot", "observed", *[f.__name__ for f in SCHEDULES.values()]} <= set(
         schedules.__all__
     )
+
+
+def test_costs_beyond_all_numbers_are_named():
+    with pytest.raises(ValueError, match="too large for their sum"):
+        simulate(one_f_one_b(4, 8), 1e308, 1e308, 1e308)
+
+
+def test_plain_tuples_are_named_as_what_they_are():
+    with pytest.raises(TypeError, match="must be an Op"):
+        show({0: [("F", 0, 0), ("BW", 0, 0)]})

@@ -801,6 +801,19 @@ def no_shares(up, down, group=None):
     return nn.Sequential(up, nn.GELU(), down)
 
 
+def test_a_single_vector_is_a_row():
+    def program():
+        torch.manual_seed(0)
+        whole, x = nn.Linear(4, 6, dtype=torch.float64), torch.randn(4, dtype=torch.float64, requires_grad=True)
+        back = nn.Linear(6, 4, dtype=torch.float64)
+        RowLinear(back)(ColumnLinear(whole)(x)).sum().backward()
+        mine, x.grad = x.grad, None
+        back(whole(x)).sum().backward()
+        return torch.allclose(mine, x.grad)
+
+    assert launch(program, 2) == [True, True]
+
+
 def test_a_module_without_the_names_is_told_what_is_missing():
     failure = check(find("parallel.tensor"), no_shares).failure
     assert "the module has no parameter up.weight; it has 0.weight, 0.bias, 2.weight, 2.bias" in failure.message
