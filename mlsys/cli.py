@@ -26,6 +26,7 @@ COMMANDS = {
     "search": "search the documentation of the Python you run (retrieval.bm25 at work)",
     "cost": "what training, serving or an all-reduce should cost, every formula with its numbers",
     "schedule": "a pipeline schedule's timeline, bubble and memory, the library's or your own",
+    "tune": "find the fastest settings of the Triton kernels on this GPU, once",
     "roofline": "place measured records under the roof of their machine, or of a published one",
     "train": "train a small transformer on your Python's own source, and sample from it",
     "claims": "published numbers that the library reproduces",

@@ -48,6 +48,8 @@ if _early:
     raise RuntimeError(f"imported before the shape checks were installed: {', '.join(_early)}")
 if HOOKED:
     jaxtyping.install_import_hook(HOOKED, "beartype.beartype")
+if catalog.devices("torch")["cuda"] is not None:  # no GPU: Triton reads this when it is imported, once for all tests
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture

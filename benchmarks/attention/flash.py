@@ -3,11 +3,16 @@
 What to look at: naive's memory grows with n², flash's with n; the time only
 follows once the scores no longer fit in cache. In bfloat16 torch's CPU kernel
 converts more than it multiplies, and two large matmuls a tile beat it.
+
+On a GPU (`--device cuda`), sizes are those of the papers' pictures: 16,384 tokens, 2,048 numbers each. There,
+`flash` is a launch for each of its lines, and `flash triton` one for all of them. The peers are torch's backends,
+one by one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,9 +36,23 @@ def case(n: int, dtype: str, *, causal: bool, backward: bool = False) -> Case:
     return {"n": n, "heads": heads, "dtype": dtype, "causal": causal, "backward": backward}
 
 
+def gpu_case(n: int, head_dim: int, dtype: str = "bfloat16", *, causal: bool, backward: bool = False) -> Case:
+    """As in FlashAttention's own measurements, but for half the tokens at 8,192, or naive's scores fill the GPU."""
+    sizes = {"n": n, "heads": 2048 // head_dim, "batch": 16384 // n if n < 8192 else 1, "head_dim": head_dim}
+    return sizes | {"dtype": dtype, "causal": causal, "backward": backward}
+
+
+def on_gpu(case: Case) -> bool:
+    return "batch" in case
+
+
+def on_cpu(case: Case) -> bool:
+    return not on_gpu(case)
+
+
 def inputs(case: Case, device: str) -> list[Tensor]:
     generator = torch.Generator(device).manual_seed(case["n"])
-    shape = (1, case["heads"], case["n"], HEAD_DIM)
+    shape = (case.get("batch", 1), case["heads"], case["n"], case.get("head_dim", HEAD_DIM))
     dtype = getattr(torch, case["dtype"])
     return [
         torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_(case["backward"])
@@ -44,7 +63,8 @@ def inputs(case: Case, device: str) -> list[Tensor]:
 def work(case: Case, qkv: list[Tensor]) -> Work:
     # The field's convention: 4·n²·d FLOPs a head, half of it when causal; a backward pass is 2.5 forwards.
     n, heads = case["n"], case["heads"]
-    flops = 4 * heads * n * n * HEAD_DIM * (0.5 if case["causal"] else 1.0) * (3.5 if case["backward"] else 1.0)
+    heads, head_dim = heads * case.get("batch", 1), case.get("head_dim", HEAD_DIM)
+    flops = 4 * heads * n * n * head_dim * (0.5 if case["causal"] else 1.0) * (3.5 if case["backward"] else 1.0)
     tensors = 4 if not case["backward"] else 11  # q k v o; then q k v o dO read again, dq dk dv written, lse aside
     return Work(flops=flops, bytes=tensors * qkv[0].numel() * qkv[0].element_size())
 
@@ -72,6 +92,23 @@ def verify(case: Case, qkv: list[Tensor], got: list[Tensor], want: list[Tensor])
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+def triton() -> Callable[..., Tensor]:
+    from mlsys.attention import flash_triton
+
+    return flash_triton.attention
+
+
+def sdpa_by(backend: str) -> Callable[..., Tensor]:
+    """One backend of torch's, and no other: an error where it has no kernel."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+        with sdpa_kernel([getattr(SDPBackend, backend)]):
+            return sdpa(q, k, v, causal=causal)
+
+    return attention
 
 
 def tiles_picture(records: Sequence[Record]) -> str | None:
@@ -107,6 +144,13 @@ def tiles_picture(records: Sequence[Record]) -> str | None:
 
 
 DTYPES = ("float32", "bfloat16")
+ON_GPU = [
+    gpu_case(n, head_dim, causal=causal, backward=backward)
+    for backward in (False, True)
+    for head_dim in (64, 128)
+    for causal in (True, False)
+    for n in (1024, 2048, 4096, 8192)
+]
 bench = Benchmark(
     __file__,
     cases={
@@ -114,6 +158,7 @@ bench = Benchmark(
             *(case(n, dtype, causal=True) for dtype in DTYPES for n in (512, 1024, 2048, 4096)),
             *(case(2048, dtype, causal=False) for dtype in DTYPES),
             case(1024, "float32", causal=True, backward=True),
+            *(gpu_case(4096, 128, causal=True, backward=backward) for backward in (False, True)),
         ],
         "default": [
             *(
@@ -123,13 +168,18 @@ bench = Benchmark(
                 for n in (512, 1024, 2048, 4096, 8192)
             ),
             *(case(n, "float32", causal=causal, backward=True) for causal in (True, False) for n in (1024, 2048)),
+            *ON_GPU,
         ],
         "full": [
-            case(n, dtype, causal=causal, backward=backward)
-            for backward in (False, True)
-            for dtype in DTYPES
-            for causal in (True, False)
-            for n in (512, 1024, 2048, 4096, 8192)
+            *(
+                case(n, dtype, causal=causal, backward=backward)
+                for backward in (False, True)
+                for dtype in DTYPES
+                for causal in (True, False)
+                for n in (512, 1024, 2048, 4096, 8192)
+            ),
+            *ON_GPU,
+            *(gpu_case(2048, 64, "float32", causal=True, backward=backward) for backward in (False, True)),
         ],
     },
     inputs=inputs,
@@ -137,28 +187,45 @@ bench = Benchmark(
     impls={
         "naive": Impl(lambda: naive.attention, "reference"),
         "flash": Impl(lambda: flash.attention, "ours"),
-        "flash numba": Impl(lambda: flash_numba.attention, "ours"),
-        "torch sdpa": Impl(lambda: sdpa, "peer"),
+        "flash numba": Impl(lambda: flash_numba.attention, "ours", only=on_cpu),
+        "flash triton": Impl(triton, "ours", needs="triton", only=on_gpu),
+        "torch sdpa": Impl(lambda: sdpa, "peer", only=on_cpu),
+        **{
+            f"torch sdpa, {name}": Impl(partial(sdpa_by, backend), "peer", only=on_gpu)
+            for name, backend in (
+                ("flash", "FLASH_ATTENTION"),
+                ("cuDNN", "CUDNN_ATTENTION"),
+                ("efficient", "EFFICIENT_ATTENTION"),
+            )
+        },
     },
     subject="flash numba",
     prepare=prepare,
     verify=verify,
     contract="attention.flash",
     memory=True,
+    fits=lambda case, device: on_gpu(case) == (device == "cuda"),
     plots=(
         Plot(
             x="n",
             xlabel="sequence length n",
             panel=("dtype", "causal"),
             per="heads",  # the largest size has fewer
-            only=lambda case: not case["backward"],
+            only=lambda case: on_cpu(case) and not case["backward"],
         ),
         Plot(
             x="n",
             xlabel="sequence length n",
             panel=("dtype", "causal"),
             y="memory",
-            only=lambda case: not case["backward"] and case["n"] <= 4096,  # same number of heads
+            only=lambda case: on_cpu(case) and not case["backward"] and case["n"] <= 4096,  # same number of heads
+        ),
+        Plot(
+            x="n",
+            xlabel="sequence length n",
+            panel=("head_dim", "causal", "backward"),
+            per="batch",
+            only=on_gpu,
         ),
     ),
     pictures={"tiles": tiles_picture},

@@ -13,6 +13,9 @@ What to look at, by what is done:
 - **split**: one long sequence in four parts that are merged, on one thread: what that costs where it cannot help.
 - **prefill**: the last 256 tokens of a prompt whose beginning is cached.
 
+On a GPU (`--device cuda`), "triton" is the kernel that follows the table, with its checks, for which the tables go to
+the CPU and back; "triton, a step" is the same kernel without a look at them.
+
 Reference: two matrix products and a softmax on contiguous keys, grouped heads as rows of one product.
 Peer: `torch.nn.functional.scaled_dot_product_attention` on the same.
 """
@@ -22,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -50,11 +53,16 @@ def case(
     block: int = 16,
     prefix: int = 0,
     t: int = 1,
+    **more: int,
 ) -> Case:
     return {
         "what": what, "batch": batch, "heads": heads, "kv_heads": kv_heads, "n": n, "dtype": dtype, "block": block,
-        "prefix": prefix, "t": t,
+        "prefix": prefix, "t": t, **more,
     }  # fmt: skip
+
+
+def on_gpu(case: Case) -> bool:
+    return "head_dim" in case
 
 
 @dataclass(frozen=True)
@@ -91,10 +99,11 @@ def inputs(case: Case, device: str) -> Given:
     numbers = torch.randperm(blocks, generator=generator, device=device).int()
     tables = numbers[common:].view(batch, width - common)
     tables = torch.cat([numbers[:common].expand(batch, -1), tables], 1)
-    shape = blocks, case["kv_heads"], block, HEAD_DIM
+    head_dim = case.get("head_dim", HEAD_DIM)
+    shape = blocks, case["kv_heads"], block, head_dim
     keys, values = (torch.randn(shape, generator=generator, device=device).to(dtype) for _ in "kv")
-    k, v = (x[tables.long()].transpose(1, 2).reshape(batch, -1, width * block, HEAD_DIM) for x in (keys, values))
-    q = torch.randn(batch, case["heads"], case["t"], HEAD_DIM, generator=generator, device=device).to(dtype)
+    k, v = (x[tables.long()].transpose(1, 2).reshape(batch, -1, width * block, head_dim) for x in (keys, values))
+    q = torch.randn(batch, case["heads"], case["t"], head_dim, generator=generator, device=device).to(dtype)
     scales = None
     if case["what"] == "int8":
         (keys, key_scales), (values, value_scales) = (quantize(x, FORMATS["int8"]) for x in (keys, values))
@@ -103,7 +112,7 @@ def inputs(case: Case, device: str) -> Given:
             dequantize(x, s, dtype)[tables.long()].transpose(1, 2).reshape(k.shape)
             for x, s in ((keys, key_scales), (values, value_scales))
         )
-    hidden = torch.arange(n) >= lengths[:, None] if case["what"] == "ragged" else None
+    hidden = (torch.arange(n) >= lengths[:, None]).to(device) if case["what"] == "ragged" else None
     return Given(
         case, q, (keys, values), scales, tables.to(device), lengths.to(device),
         k[:, :, :n].contiguous(), v[:, :, :n].contiguous(), hidden,
@@ -115,10 +124,10 @@ def work(case: Case, given: Given) -> Work:
     total, batch, t = int(given.lengths.sum()), case["batch"], case["t"]
     pairs = total * t - batch * t * (t - 1) // 2
     read = total - (batch - 1) * case["prefix"]
-    each = given.stored[0].element_size()
+    each, head_dim = given.stored[0].element_size(), given.q.shape[3]
     return Work(
-        flops=4 * case["heads"] * HEAD_DIM * pairs,
-        bytes=2 * case["kv_heads"] * HEAD_DIM * read * each + 2 * given.q.nbytes,
+        flops=4 * case["heads"] * head_dim * pairs,
+        bytes=2 * case["kv_heads"] * head_dim * read * each + 2 * given.q.nbytes,
         items=batch * t,
         unit="queries",
     )
@@ -187,6 +196,13 @@ def block_by_block(given: Given) -> Tensor:
 OTHERS = (two_matmuls, sdpa, heads_last, block_by_block)
 
 
+def triton(door: str) -> Callable[..., Tensor]:
+    from mlsys.attention import paged_triton
+
+    function: Callable[..., Tensor] = getattr(paged_triton, door)
+    return function
+
+
 def each_for_itself(*args: Any, **options: Any) -> Tensor:
     return paged_numba.decode(*args, **{**options, "share_prefixes": False})
 
@@ -215,7 +231,7 @@ def verify(case: Case, given: Given, got: Tensor, want: Tensor) -> tuple[float, 
 
 
 def only(*what: str) -> Callable[[Case], bool]:
-    return lambda case: case["what"] in what
+    return lambda case: case["what"] in what and not on_gpu(case)
 
 
 SHAPES = ((1, 8, 8, 2048), (8, 8, 8, 1024), (8, 32, 8, 1024), (32, 8, 2, 512))
@@ -228,6 +244,16 @@ OTHER_CASES = [
     *(case("prefix", batch, 8, 8, 1088, "float32", prefix=1024) for batch in (2, 8, 32)),
     case("prefill", 2, 8, 8, 1024, "float32", t=256),
 ]
+ON_GPU = [
+    *(
+        case("decode", batch, 32, 8, n, "bfloat16", block=block, head_dim=128)
+        for batch, n in ((1, 32768), (8, 8192), (64, 4096))
+        for block in (16, 256)
+    ),
+    case("decode", 8, 32, 32, 8192, "bfloat16", head_dim=128),
+    case("ragged", 64, 32, 8, 4096, "bfloat16", head_dim=128),
+    case("int8", 8, 32, 8, 8192, "bfloat16", head_dim=128),
+]
 bench = Benchmark(
     __file__,
     cases={
@@ -239,6 +265,7 @@ bench = Benchmark(
             case("int8", 8, 8, 8, 1024, "bfloat16"),
             case("prefix", 32, 8, 8, 1088, "float32", prefix=1024),
             case("prefill", 2, 8, 8, 1024, "float32", t=256),
+            *ON_GPU[:3],
         ],
         "default": [
             *(
@@ -248,6 +275,7 @@ bench = Benchmark(
                 for block in (16, 256)
             ),
             *OTHER_CASES,
+            *ON_GPU,
         ],
         "full": [
             *(
@@ -258,6 +286,7 @@ bench = Benchmark(
             ),
             *OTHER_CASES,
             *(case("prefix", 32, 8, 8, prefix + 64, "bfloat16", prefix=prefix) for prefix in (128, 512, 2048)),
+            *ON_GPU,
         ],
     },
     inputs=inputs,
@@ -270,8 +299,10 @@ bench = Benchmark(
         "block by block": Impl(
             lambda: block_by_block,
             "variant",
-            only=lambda case: case["what"] == "decode" and case["batch"] * case["n"] // case["block"] <= 512,
+            only=lambda case: only("decode")(case) and case["batch"] * case["n"] // case["block"] <= 512,
         ),
+        "triton": Impl(partial(triton, "decode"), "ours", needs="triton", only=on_gpu),
+        "triton, a step": Impl(partial(triton, "step"), "ours", needs="triton", only=on_gpu),
         "numba, not shared": Impl(lambda: each_for_itself, "variant", only=only("prefix")),
         "torch sdpa": Impl(lambda: sdpa, "peer"),
     },
@@ -280,18 +311,25 @@ bench = Benchmark(
     verify=verify,
     yours=only("decode", "ragged"),
     contract="attention.paged",
+    fits=lambda case, device: on_gpu(case) == (device == "cuda"),
     plots=(
         Plot(
             x="block",
             xlabel="tokens a block",
             panel=("dtype", "heads"),
-            only=lambda case: case["what"] == "decode" and case["batch"] == 8,
+            only=lambda case: only("decode")(case) and case["batch"] == 8,
         ),
         Plot(
             x="batch",
             xlabel="sequences that share 1,024 tokens of 1,088",
             panel=("dtype",),
             only=lambda case: case["what"] == "prefix" and case["prefix"] == 1024,
+        ),
+        Plot(
+            x="n",
+            xlabel="tokens of each sequence",
+            panel=("batch", "block"),
+            only=lambda case: on_gpu(case) and case["what"] == "decode",
         ),
     ),
 )

@@ -13,6 +13,14 @@ def sequences(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """q, k and v of each sequence, (1, heads, length, ·), after refusing lengths that do not fit the tensors."""
+    lengths_q, lengths_k = lengths(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    # split, whose backward pass writes one gradient; slices would fill one of the whole length for each sequence
+    for qi, ki, vi in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True):
+        yield qi.transpose(0, 1)[None], ki.transpose(0, 1)[None], vi.transpose(0, 1)[None]
+
+
+def lengths(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> tuple[list[int], list[int]]:
+    """How many queries and how many keys each sequence has, after refusing numbers that do not fit the tensors."""
     lengths_q = _lengths("q", q, cu_seqlens_q)
     lengths_k = _lengths("k", k, cu_seqlens_k)
     if len(lengths_q) != len(lengths_k):
@@ -22,9 +30,7 @@ def sequences(
         )
     if v.shape[0] != k.shape[0]:
         raise ValueError(f"v must have as many rows as k, {k.shape[0]}, got {v.shape[0]} (shape {tuple(v.shape)})")
-    # split, whose backward pass writes one gradient; slices would fill one of the whole length for each sequence
-    for qi, ki, vi in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True):
-        yield qi.transpose(0, 1)[None], ki.transpose(0, 1)[None], vi.transpose(0, 1)[None]
+    return lengths_q, lengths_k
 
 
 def _lengths(name: str, x: Tensor, cumulative: Tensor) -> list[int]:

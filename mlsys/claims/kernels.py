@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from mlsys.claims import _kernels_families
+from mlsys.claims import _kernels_cross_entropy, _kernels_families
 from mlsys.claims.core import Claim
 
 BOEHM = "Boehm 2022, How to Optimize a CUDA Matmul Kernel for cuBLAS-like Performance: a Worklog"
@@ -58,6 +58,7 @@ def _per_result(name: str, rung: str, space: str, published: float, formula: str
 
 CLAIMS = [
     *_kernels_families.CLAIMS,
+    *_kernels_cross_entropy.CLAIMS,
     Claim(
         name="matmul-naive-traffic",
         area="kernels.matmul",

@@ -34,6 +34,7 @@ See also:
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -407,6 +408,36 @@ _FLASH = Contract(
     },
     **COMMON,
 )
+
+
+def _triton(module: str, function: str) -> Callable[..., Any]:
+    """A function of a Triton module, which is imported when it is first called: Triton is not everywhere."""
+
+    def reference(*args: Any, **options: Any) -> Any:
+        return getattr(importlib.import_module(f"mlsys.attention.{module}"), function)(*args, **options)
+
+    return reference
+
+
+# The kernels have tiles of their own, and no float64. The interpreter takes some milliseconds a tile: shorter rows.
+_FLASH_TRITON = replace(
+    _FLASH,
+    name="attention.flash_triton",
+    signature=f"{SIGNATURE}) -> (batch, heads, t, dv)",
+    reference=_triton("flash_triton", "attention"),
+    cases=[
+        *(case for case in [*FORWARD, *BACKWARD] if case["dtype"] != "float64"),
+        {**case(512, d=16, causal=True, backward=True), "linear_memory": True},
+    ],
+    wrong={name: wrong for name, wrong in _FLASH.wrong.items() if name != "narrow_sums"},
+)
+_PAGED = _attention_paged.contract("attention.paged")
+_PAGED_TRITON = replace(
+    _PAGED,
+    name="attention.paged_triton",
+    reference=_triton("paged_triton", "decode"),
+    cases=[case for case in _PAGED.cases if case["dtype"] != "float64"],
+)
 CONTRACTS = {
     "naive": Contract(
         name="attention.naive",
@@ -418,10 +449,12 @@ CONTRACTS = {
     ),
     "flash": _FLASH,
     "flash_numba": replace(_FLASH, name="attention.flash_numba", reference=flash_numba.attention),
+    "flash_triton": _FLASH_TRITON,
     "merge": _attention_merge.contract("attention.merge"),
     "variants": _attention_variants.contract("attention.variants"),
     "linear": _attention_linear.contract("attention.linear"),
     "kv_cache": _attention_kv_cache.contract("attention.kv_cache"),
-    "paged": _attention_paged.contract("attention.paged"),
+    "paged": _PAGED,
     "paged_numba": _attention_paged.contract("attention.paged_numba", paged_numba.decode),
+    "paged_triton": _PAGED_TRITON,
 }

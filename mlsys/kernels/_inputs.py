@@ -45,6 +45,15 @@ def forward_only(**tensors: Tensor | None) -> None:
             )
 
 
+def differentiable_once(kernels: str, remedy: str) -> None:
+    """For the beginning of a backward pass: RuntimeError if its result is to be differentiated again.
+
+    `once_differentiable` would say so only if the gradient that arrives requires one, and else drop terms in silence.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{kernels} is differentiable once, and create_graph=True asks for more: use {remedy}")
+
+
 def variant_of(variant: object, variants: Sequence[str]) -> str:
     """The variant, if it is one of these."""
     if variant not in variants:

@@ -1,4 +1,4 @@
-"""The CUDA kernels of a family as its variants; the module that launches them is imported when one is first run."""
+"""The kernels of a family as its variants, CUDA's and Triton's; their modules are imported when one is first run."""
 
 from __future__ import annotations
 
@@ -18,14 +18,27 @@ def rungs(family: str, function: str, ideas: Mapping[str, str]) -> list[Variant]
     """
 
     def run(rung: str, *tensors: Any, **options: Any) -> Any:
-        return getattr(_module(family), function)(*tensors, variant=rung, **options)
+        return getattr(_module(family, "cuda"), function)(*tensors, variant=rung, **options)
 
     def refuse(rung: str, *tensors: Any, **options: Any) -> str | None:
-        ask = getattr(_module(family), "refuse", None)
+        ask = getattr(_module(family, "cuda"), "refuse", None)
         return None if ask is None else ask(*tensors, variant=rung, **options)
 
     return [Variant(f"cuda.{rung}", idea, partial(run, rung), partial(refuse, rung)) for rung, idea in ideas.items()]
 
 
-def _module(family: str) -> Any:
-    return importlib.import_module(f"mlsys.kernels.{family}_cuda")
+def triton(family: str, function: str, idea: str) -> Variant:
+    """The variant `triton`, which runs `<family>_triton.<function>`; that module may have a `refuse`, too."""
+
+    def run(*tensors: Any, **options: Any) -> Any:
+        return getattr(_module(family, "triton"), function)(*tensors, **options)
+
+    def refuse(*tensors: Any, **options: Any) -> str | None:
+        ask = getattr(_module(family, "triton"), "refuse", None)
+        return None if ask is None else ask(*tensors, **options)
+
+    return Variant("triton", idea, run, refuse)
+
+
+def _module(family: str, backend: str) -> Any:
+    return importlib.import_module(f"mlsys.kernels.{family}_{backend}")

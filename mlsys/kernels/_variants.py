@@ -127,7 +127,8 @@ def _measured(family: str, gpu: str, dtype: str, folders: tuple[Path, ...]) -> I
             same = record["device"] == "cuda" and record["machine"].get("gpu") == gpu and case.get("dtype") == dtype
             if not same or record["status"] not in ("ok", "noisy") or not record["seconds"]:
                 continue
-            variant = "torch" if record["impl"] == "torch" else f"cuda.{case.get('rung')}"
+            rung = case.get("rung")
+            variant = "torch" if record["impl"] == "torch" else rung if rung == "triton" else f"cuda.{rung}"
             rest = " ".join(f"{k}={v}" for k, v in case.items() if k != "rung")
             yield _Measured(variant, record["seconds"], record["bytes"], rest)
 

@@ -47,7 +47,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mlsys.kernels._inputs import like, tensor
-from mlsys.kernels._rungs import rungs
+from mlsys.kernels._rungs import rungs, triton
 from mlsys.kernels._variants import CallableModule, Family, Variant
 
 KINDS = ("layernorm", "rmsnorm")
@@ -132,6 +132,7 @@ FAMILY = Family(
         Variant("formula", "readable: the mean, then the variance", formula),
         Variant("welford", "readable: both in one pass", partial(formula, one_pass=True)),
         *rungs("norm", "norm", RUNGS),
+        triton("norm", "norm", "a tile of whole rows in registers; with its gradients, in two kernels"),
     ),
 )
 sys.modules[__name__].__class__ = CallableModule

@@ -38,7 +38,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mlsys.kernels._inputs import tensor
-from mlsys.kernels._rungs import rungs
+from mlsys.kernels._rungs import rungs, triton
 from mlsys.kernels._variants import CallableModule, Family, Variant
 
 RUNGS = {
@@ -92,6 +92,7 @@ FAMILY = Family(
         Variant("three_pass", "readable: maximum, sum, quotients", three_pass),
         Variant("online", "readable: maximum and sum in one pass", online),
         *rungs("softmax", "softmax", RUNGS),
+        triton("softmax", "softmax", "a tile of whole rows in registers, or the online rule; with its gradient"),
     ),
 )
 sys.modules[__name__].__class__ = CallableModule
