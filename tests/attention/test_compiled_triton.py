@@ -1,4 +1,4 @@
-"""What the compiler makes of every config of the Triton kernels of attention, without a GPU; apart, as it takes long."""
+"""What the compiler makes of every config of the Triton kernels of attention, without a GPU: a slow file apart."""
 
 import pytest
 
