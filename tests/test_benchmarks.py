@@ -1,9 +1,12 @@
 """No benchmark rots: the smallest case of each runs, is checked, and runs what its folder and file say."""
 
+import itertools
+
 import pytest
 
-from mlsys.bench import find, run
+from mlsys.bench import find, plots, run
 from mlsys.bench.core import SIZES
+from mlsys.bench.records import Record
 
 NAMES = find.names()
 STUDIES = {"quant.model"}  # compare methods by what they lose; what each takes beside its peer, its own benchmark says
@@ -51,3 +54,51 @@ def test_an_unknown_name_holds_no_benchmark(tmp_path, monkeypatch):
     assert find.names() == ["toys.empty"]
     with pytest.raises(TypeError, match="holds no `bench"):
         find.load("toys.empty")
+
+
+def made_up(bench, size, device="cpu"):
+    """A record for each case and implementation, as if measured: what a picture may rely on."""
+    return [
+        Record(
+            benchmark=bench.name,
+            case=case,
+            impl=name,
+            role=impl.role,
+            status="ok",
+            seconds=1e-3 * number,
+            runs=5,
+            ratio_to_peer=1.25,
+            flops=1e9,
+            bytes=1e6,
+            items=1e3,
+            unit="row",
+            limit_flops=1e11,
+            limit_bandwidth=1e10,
+            peak_bytes=2**20 * number,
+            ranks=bench.ranks(case) if bench.ranks else 1,
+        )
+        for case in bench.select(size, device=device)
+        for number, (name, impl) in enumerate(bench.impls.items(), 1)
+        if impl.only(case)
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_plots_can_be_drawn_from_the_cases_of_every_size(name):
+    bench = find.load(name)
+    for plot in bench.plots:
+        drawn = [plots.draw(plot, made_up(bench, size, device)) for size in SIZES for device in ("cpu", "cuda")]
+        assert any(drawn), f"{plot.y} over {plot.x or 'nothing'} shows none of its cases"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_bar_of_its_plots_hides_another(name):
+    bench = find.load(name)
+    for plot in bench.plots:
+        if plot.x or plot.y == "roofline":
+            continue
+        for size, device in itertools.product(SIZES, ("cpu", "cuda")):
+            shown = [r for r in made_up(bench, size, device) if plot.only(r.case)]
+            for title, group in plots.panels(plot, shown).items():
+                bars = [r.impl for r in group]
+                assert len(bars) == len(set(bars)), f"{size} on {device}, panel {title!r}: {bars}"

@@ -338,7 +338,7 @@ bench = Benchmark(
     cases={
         "quick": QUICK,
         "default": DEFAULT,
-        "full": [*DEFAULT, *(case(name, width=512) for name in ("dp4", "tp4", "dp2 x tp2"))],
+        "full": [*DEFAULT, *WIDER],
     },
     inputs=inputs,
     work=work,
@@ -358,8 +358,8 @@ bench = Benchmark(
     budget_s=15.0,
     ranks=lambda case: case["ranks"],
     plots=(
-        Plot(xlabel="all ranks", y="throughput", panel=("ranks", "mesh")),
-        Plot(xlabel="a rank", y="memory", panel=("ranks", "mesh")),
+        Plot(xlabel="all ranks", y="throughput", panel=("ranks", "mesh", "width")),
+        Plot(xlabel="a rank", y="memory", panel=("ranks", "mesh", "width")),
     ),
 )
 

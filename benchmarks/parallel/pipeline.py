@@ -272,7 +272,7 @@ bench = Benchmark(
     memory=True,
     budget_s=15.0,
     ranks=lambda case: case["ranks"],
-    plots=(Plot(xlabel="all ranks", y="throughput", panel=("ranks", "schedule")),),
+    plots=(Plot(xlabel="all ranks", y="throughput", panel=("ranks", "schedule", "width")),),
     pictures={"timelines": timelines},
 )
 

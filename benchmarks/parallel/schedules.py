@@ -171,7 +171,12 @@ bench = Benchmark(
     verify=verify,
     figures=lambda case, given, got: got.figures,
     plots=(
-        Plot(x="p", xlabel="ranks", y="throughput", only=lambda case: case["schedule"] == "1f1b" and case["p"] > 4),
+        Plot(
+            xlabel="one process, 1F1B",
+            y="throughput",
+            panel=("p", "m"),
+            only=lambda case: case["schedule"] == "1f1b" and case["p"] > 4,
+        ),
     ),
     pictures={"timelines": timelines},
 )

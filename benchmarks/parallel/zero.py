@@ -272,7 +272,7 @@ bench = Benchmark(
     stateful=True,
     budget_s=15.0,
     ranks=lambda case: case["ranks"],
-    plots=(Plot(xlabel="all ranks", y="throughput", panel=("stage", "width", "ranks")),),
+    plots=(Plot(xlabel="all ranks", y="throughput", panel=("stage", "width", "ranks", "batch")),),
     pictures={"memory": memory_picture},
 )
 

@@ -181,7 +181,7 @@ bench = Benchmark(
     verify=verify,
     figures=figures,
     contract="retrieval.bm25",
-    plots=(Plot(x="queries", xlabel="higher is better", panel=("task", "variant", "corpus", "words"), y="throughput"),),
+    plots=(Plot(xlabel="higher is better", panel=("task", "variant", "corpus", "words"), y="throughput"),),
 )
 
 if __name__ == "__main__":

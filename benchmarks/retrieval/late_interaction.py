@@ -203,7 +203,7 @@ bench = Benchmark(
     verify=verify,
     figures=figures,
     contract="retrieval.late_interaction",
-    plots=(Plot(x="queries", xlabel="higher is better", panel=("corpus", "documents"), y="throughput"),),
+    plots=(Plot(xlabel="higher is better", panel=("corpus", "documents", "queries"), y="throughput"),),
 )
 
 if __name__ == "__main__":

@@ -70,8 +70,9 @@ class Impl:
 class Plot:
     """What the picture shows: `y` over `x`, one panel for each value of `panel`; a time is divided by case[`per`].
 
-    "speedup" is the fastest peer's time over this one's, as far as neither is noise; "roofline" puts every case under
-    the roof of its machine instead, and needs no `x`.
+    Without an `x` each implementation is a bar, so a panel holds one case. "speedup" is the
+    fastest peer's time over this one's, as far as neither is noise; "roofline" puts every case under the roof of its
+    machine instead.
     """
 
     x: str = ""

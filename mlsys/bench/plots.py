@@ -36,7 +36,7 @@ YLABELS = {
     "speedup": "times as fast as the fastest peer",
     "time": "time per {per} (ms)",
     "memory": "peak memory (MiB)",
-    "throughput": "throughput",
+    "throughput": "{unit} per second",
 }
 
 
@@ -72,7 +72,7 @@ def draw(plot: Plot, records: Sequence[Record]) -> str | None:
 
 def figure(plot: Plot, records: Sequence[Record], names: Sequence[str]) -> Figure:
     """Records that have what the plot shows, as lines or bars; `names` are the implementations in their order."""
-    return _bars(plot, records, names) if plot.y == "throughput" else _lines(plot, records, names)
+    return _lines(plot, records, names) if plot.x else _bars(plot, records, names)
 
 
 def _value(plot: Plot, record: Record) -> float | None:
@@ -87,23 +87,28 @@ def _value(plot: Plot, record: Record) -> float | None:
     return record.seconds * 1e3 / (record.case[plot.per] if plot.per else 1)
 
 
-def _panels(plot: Plot, records: Sequence[Record]) -> dict[str, list[Record]]:
-    panels: dict[str, list[Record]] = {}
+def _ylabel(plot: Plot, records: Sequence[Record]) -> str:
+    return YLABELS[plot.y].format(per=(plot.per or "call").removesuffix("s"), unit=records[0].unit)
+
+
+def panels(plot: Plot, records: Sequence[Record]) -> dict[str, list[Record]]:
+    """What each panel shows, by its title."""
+    found: dict[str, list[Record]] = {}
     setting = settings(records)
     for record in records:
         title = describe({key: record.case.get(key) for key in plot.panel}) or "full" if plot.panel else ""
-        panels.setdefault(", ".join(filter(None, (title, setting(record)))), []).append(record)
-    return panels
+        found.setdefault(", ".join(filter(None, (title, setting(record)))), []).append(record)
+    return found
 
 
 def _lines(plot: Plot, records: Sequence[Record], names: Sequence[str]) -> Figure:
-    panels = _panels(plot, records)
-    lines = {title: group for title, group in panels.items() if len({r.case[plot.x] for r in group}) > 1}
-    panels = lines or panels  # a panel with one size says nothing about growth, where others do
-    columns = min(2, len(panels))
-    figure, axes = new_figure(columns, -(-len(panels) // columns))
+    shown = panels(plot, records)
+    lines = {title: group for title, group in shown.items() if len({r.case[plot.x] for r in group}) > 1}
+    shown = lines or shown  # a panel with one size says nothing about growth, where others do
+    columns = min(2, len(shown))
+    figure, axes = new_figure(columns, -(-len(shown) // columns))
     named = []
-    for ax, (title, group) in zip(axes, panels.items(), strict=False):
+    for ax, (title, group) in zip(axes, shown.items(), strict=False):
         ends: list[tuple[float, float, str, str]] = []
         for style, name in enumerate(names):
             points = sorted((r.case[plot.x], _value(plot, r)) for r in group if r.impl == name)
@@ -126,11 +131,9 @@ def _lines(plot: Plot, records: Sequence[Record], names: Sequence[str]) -> Figur
         ax.set_xlim(ticks[0] / 1.15, ticks[-1] * 1.15)
         _label_decades(ax)
         ax.grid(True, which="major", alpha=0.3)
-        ax.set(
-            title=title, xlabel=plot.xlabel, ylabel=YLABELS[plot.y].format(per=(plot.per or "call").removesuffix("s"))
-        )
+        ax.set(title=title, xlabel=plot.xlabel, ylabel=_ylabel(plot, group))
         named.append((ax, ends))
-    for ax in axes[len(panels) :]:
+    for ax in axes[len(shown) :]:
         ax.set_axis_off()
     figure.draw_without_rendering()  # which gives the axes the width that names are fitted to
     for ax, ends in named:
@@ -191,12 +194,12 @@ def _make_room(ax: Axes, texts: Sequence[Text]) -> float:
 
 
 def _bars(plot: Plot, records: Sequence[Record], names: Sequence[str]) -> Figure:
-    panels = _panels(plot, records)
-    columns = min(2, len(panels))
-    figure, axes = new_figure(columns, -(-len(panels) // columns), height=2.1)
-    for ax in axes[len(panels) :]:
+    shown = panels(plot, records)
+    columns = min(2, len(shown))
+    figure, axes = new_figure(columns, -(-len(shown) // columns), height=2.1)
+    for ax in axes[len(shown) :]:
         ax.set_axis_off()
-    for ax, (title, group) in zip(axes, panels.items(), strict=False):
+    for ax, (title, group) in zip(axes, shown.items(), strict=False):
         present = [name for name in names if any(r.impl == name for r in group)]
         for row, name in enumerate(reversed(present)):
             record = next(r for r in group if r.impl == name)
@@ -208,7 +211,7 @@ def _bars(plot: Plot, records: Sequence[Record], names: Sequence[str]) -> Figure
             ax.text(value, row, " " + amount(value, ""), va="center", fontsize=8)
         ax.set_yticks(range(len(present)), list(reversed(present)))
         ax.set_xlim(0, 1.22 * max(v for r in group if (v := _value(plot, r)) is not None))
-        ax.set(title=title, xlabel=f"{group[0].unit} per second ({plot.xlabel})")
+        ax.set(title=title, xlabel=f"{_ylabel(plot, group)} ({plot.xlabel})")
         ax.locator_params(axis="x", nbins=5)
         ax.ticklabel_format(axis="x", style="sci", scilimits=(0, 5))
         ax.grid(True, axis="x", alpha=0.3)
