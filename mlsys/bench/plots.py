@@ -135,10 +135,19 @@ def _lines(plot: Plot, records: Sequence[Record], names: Sequence[str]) -> Figur
         named.append((ax, ends))
     for ax in axes[len(shown) :]:
         ax.set_axis_off()
-    figure.draw_without_rendering()  # which gives the axes the width that names are fitted to
+    figure.draw_without_rendering()  # which gives the axes the width that names and titles are fitted to
+    _fit_titles(axes)
     for ax, ends in named:
         name_lines(ax, ends)
     return figure
+
+
+def _fit_titles(axes: Sequence[Axes]) -> None:
+    """Make a title that is wider than its frame small enough for it."""
+    for ax in axes:
+        share = WIDER_FONT * ax.title.get_window_extent().width / ax.get_window_extent().width
+        if share > 1:
+            ax.title.set_fontsize(ax.title.get_fontsize() / share)
 
 
 def _size(n: int) -> str:
@@ -194,6 +203,8 @@ def _make_room(ax: Axes, texts: Sequence[Text]) -> float:
 
 
 def _bars(plot: Plot, records: Sequence[Record], names: Sequence[str]) -> Figure:
+    from matplotlib.ticker import FuncFormatter
+
     shown = panels(plot, records)
     columns = min(2, len(shown))
     figure, axes = new_figure(columns, -(-len(shown) // columns), height=2.1)
@@ -207,14 +218,16 @@ def _bars(plot: Plot, records: Sequence[Record], names: Sequence[str]) -> Figure
             assert value is not None
             style = names.index(name)
             look: dict[str, Any] = {"color": COLOURS[style % STYLES], "hatch": HATCHES[style % STYLES]}
-            ax.barh(row, value, **look, alpha=0.75, edgecolor="white")
+            ax.barh(row, value, **look, edgecolor="white")
             ax.text(value, row, " " + amount(value, ""), va="center", fontsize=8)
         ax.set_yticks(range(len(present)), list(reversed(present)))
         ax.set_xlim(0, 1.22 * max(v for r in group if (v := _value(plot, r)) is not None))
         ax.set(title=title, xlabel=f"{_ylabel(plot, group)} ({plot.xlabel})")
         ax.locator_params(axis="x", nbins=5)
-        ax.ticklabel_format(axis="x", style="sci", scilimits=(0, 5))
+        ax.xaxis.set_major_formatter(FuncFormatter(_power_of_ten))
         ax.grid(True, axis="x", alpha=0.3)
+    figure.draw_without_rendering()
+    _fit_titles(axes)
     return figure
 
 

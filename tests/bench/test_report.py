@@ -181,3 +181,13 @@ def test_further_pictures_come_after_the_plots(monkeypatch, toy):
     )
     monkeypatch.setattr(report.find, "load", lambda name: bench)
     assert report.pictures("toys.sums", RECORDS) == [f"<svg>{len(RECORDS)}</svg>"]
+
+
+@pytest.mark.parametrize("x", ["n", ""])
+def test_a_title_is_no_wider_than_its_frame(x):
+    records = [dataclasses.replace(r, case={**r.case, "what it is called": "a long name, " * 4}) for r in RECORDS[:3]]
+    plot = Plot(x=x, xlabel="length", panel=("what it is called",))
+    figure = plots.figure(plot, records, ["naive", "flash", "peer"])
+    figure.draw_without_rendering()
+    (ax,) = figure.axes
+    assert ax.title.get_window_extent().width <= ax.get_window_extent().width
