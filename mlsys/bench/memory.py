@@ -41,14 +41,32 @@ def peak_bytes(run: Callable[[], Any], device: str = "cpu") -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler's library talks to stderr on every start
     from torch.profiler import ProfilerActivity, profile
 
+    # Kept until the end. What is freed here but was there before would count as less than nothing, if an earlier call
+    # of this function saw it allocated; if none did, the allocator complains.
+    before = _tensors()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         run()
+    del before
     held = most = 0
     events = recorded.profiler.kineto_results.events()
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         held += event.nbytes()
         most = max(most, held)
     return most
+
+
+def _tensors() -> list[Any]:
+    """All tensors that there are, with their gradients and memory: such as those that a training step replaces."""
+    import torch
+
+    found: list[Any] = []
+    for one in gc.get_objects():
+        if issubclass(type(one), torch.Tensor):  # not isinstance: a lazy object would make up its mind
+            found.append(one)
+            if type(one) in (torch.Tensor, torch.nn.Parameter) and one.layout == torch.strided:
+                found.append(one.untyped_storage())  # `one` may get another
+                found.append(one.grad if one.is_leaf else None)
+    return found
 
 
 def used(run: Callable[[], Any], device: str = "cpu") -> Used:

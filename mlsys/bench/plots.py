@@ -147,7 +147,7 @@ def _fit_titles(axes: Sequence[Axes]) -> None:
     for ax in axes:
         share = WIDER_FONT * ax.title.get_window_extent().width / ax.get_window_extent().width
         if share > 1:
-            ax.title.set_fontsize(ax.title.get_fontsize() / share)
+            ax.title.set_fontsize(float(ax.title.get_fontsize()) / share)
 
 
 def _size(n: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -15,12 +16,17 @@ RANKS = 4
 
 
 @cache
-def counted() -> dict[str, float]:
-    """What four processes of this library send and hold, the largest of the four: bytes counted, not computed."""
+def on_ranks(count: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """What `count` finds in four processes, of each figure the largest of the four. It runs once."""
     from mlsys.parallel.launcher import launch
 
-    found = launch(_count, RANKS)
+    found = launch(count, RANKS)
     return {name: max(one[name] for one in found) for name in found[0]}
+
+
+def counted() -> dict[str, float]:
+    """What the processes send and hold in data parallelism and ZeRO: bytes counted, not computed."""
+    return on_ranks(_count)
 
 
 def _count() -> dict[str, float]:

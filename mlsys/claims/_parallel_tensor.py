@@ -6,25 +6,19 @@ block of GPT's kind, without dropout, since the library's models have none.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
+from mlsys.claims._parallel_counted import RANKS, on_ranks
 from mlsys.claims._parallel_memory import KORTHIKANTI
 from mlsys.claims.core import Claim
 
 MEGATRON = "Shoeybi et al. 2019, arXiv:1909.08053"
 NARAYANAN = "Narayanan et al. 2021, arXiv:2104.04473"
 
-RANKS = 4
 
-
-@cache
 def counted() -> dict[str, float]:
-    """What four processes of this library call, send and hold in one block, the largest of the four."""
-    from mlsys.parallel.launcher import launch
-
-    found = launch(_count, RANKS)
-    return {name: max(one[name] for one in found) for name in found[0]}
+    """What the processes call, send and hold in one block."""
+    return on_ranks(_count)
 
 
 def _count() -> dict[str, float]:

@@ -59,6 +59,10 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib, which is not installed: pip install 'mlsys-reference[bench]'")
     f, b, w = _costs(args.costs)
+    if args.plot is not None:
+        from mlsys.parallel._schedule_plot import check_form
+
+        check_form(args.plot, "--plot")
 
     from mlsys.parallel.schedules import plot, show, simulate, validate
     from mlsys.perf._checks import known

@@ -266,7 +266,10 @@ class _Plain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.mistake == "not_cut":
             return self.down(F.gelu(self.up(x)))
-        x = self.f(x)
+        if self.mistake == "hook_on_x":
+            x.register_hook(self.reduced_in_place)
+        else:
+            x = self.f(x)
         if self.mistake == "sum_before_gelu":  # of other columns on each rank
             hidden = F.gelu(_Operator.apply(self.up(x), self.reduced, lambda g: g))
         else:
@@ -276,7 +279,10 @@ class _Plain(nn.Module):
         if self.mistake in ("bias_on_each_rank", "bias_on_first_rank"):
             return self.f_bar(self.down(hidden))
         y = self.f_bar(F.linear(hidden, self.down.weight))
-        return y if self.down.bias is None else y + self.down.bias
+        y = y if self.down.bias is None else y + self.down.bias
+        if self.mistake == "hook_on_result":
+            y.register_hook(self.reduced_in_place)
+        return y
 
     def f(self, x: Tensor) -> Tensor:
         backs: dict[str, Callable[[Tensor], Tensor]] = {
@@ -305,6 +311,11 @@ class _Plain(nn.Module):
             return gradient
         return self.reduced(gradient) / self.n
 
+    def reduced_in_place(self, gradient: Tensor) -> None:
+        """A hook."""
+        if gradient.is_contiguous():
+            self.reduced(gradient)
+
 
 HINTS = {
     "f_missing": "the gradient of x is this rank's part only: f does nothing forward, and sums backward",
@@ -317,6 +328,10 @@ HINTS = {
     "both_reduce": "the gradient is summed where the result was summed, too: the backward pass of a sum hands it on",
     "reduced_twice": "the gradient of x is summed twice: once is enough",
     "in_place": "the backward pass all-reduces the gradient that it was given in place, which others read: clone it",
+    "hook_on_x": "a hook on x sums all of x's gradient over the ranks, also what comes past the MLP, such as a "
+    "residual's, which every rank has in full: sum only what comes out of the MLP, by f on the way in",
+    "hook_on_result": "a hook on the result all-reduces the gradient in place: that tensor is the caller's, who uses "
+    "it elsewhere too, as for a residual; and it is the same on all ranks already, so there is nothing to sum",
     "hidden_gathered": "the hidden units are gathered and cut again: rows of the second matrix meet just the hidden "
     "units that this rank has",
     "sum_before_gelu": "partial products are summed before GELU: the first matrix is cut by outputs, and each hidden "

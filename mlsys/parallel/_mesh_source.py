@@ -23,9 +23,8 @@ from mlsys.models._layers import AttentionFn
 from mlsys.models.transformer import Transformer
 from mlsys.parallel._mesh_grid import Grid
 from mlsys.parallel._mesh_stages import check_whole, opened, take
-from mlsys.parallel._tensor_model import TensorParallel
+from mlsys.parallel._tensor_model import TensorParallel, header
 from mlsys.parallel.collectives import broadcast
-from mlsys.parallel.tensor import _header
 from mlsys.perf.configs import Config
 
 
@@ -51,8 +50,8 @@ class Source:
                 self.device = weight.device
         elif isinstance(model, str | os.PathLike):
             try:
-                header = _header(Path(model))
-                self.config, self.dtype = Config(**header["config"]), header["dtype"]
+                found = header(Path(model))
+                self.config, self.dtype = Config(**found["config"]), found["dtype"]
             except (OSError, ValueError, TypeError, json.JSONDecodeError) as error:  # the others must hear of it
                 self.problem = f"{type(error).__name__}: {error}"
         else:
@@ -102,13 +101,14 @@ def check_zero(zero: int | None, grid: Grid, microbatches: int) -> None:
         raise ValueError(f"zero={zero!r}: None, 1 or 2 is needed")
     if zero == 3:
         raise ValueError(
-            "zero=3 would gather every weight twice for each microbatch, and free what tensor-parallel layers "
-            "keep views of: shard with tp instead, or take mlsys.parallel.zero3 without a mesh"
+            "zero=3 would gather every weight twice for each microbatch, and free what tensor-parallel layers keep "
+            "views of: take zero=1 and a larger tp or pp, which cut the weights too, or mlsys.parallel.zero3 without a "
+            "mesh"
         )
     if zero == 2 and grid.pp > 1:
         raise ValueError(
-            f"zero=2 with pp={grid.pp} would reduce gradients in each of {microbatches} backward passes: take zero=1, "
-            "which sends them once a step"
+            f"zero=2 with pp={grid.pp} would reduce gradients in each of {microbatches} backward passes, and send "
+            f"{microbatches} times the bytes: take zero=1, which sends them once a step, or pp=1"
         )
 
 

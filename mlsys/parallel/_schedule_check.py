@@ -79,6 +79,8 @@ def _check_types(schedule: Table) -> None:
         for place, op in enumerate(ops):
             if not isinstance(op, Op):
                 raise TypeError(f'schedule[{rank}][{place}] must be an Op, as Op("F", 0, 1) is; got {op!r}')
+            if not isinstance(op.kind, str):
+                raise TypeError(f"schedule[{rank}][{place}]: kind must be one of {', '.join(KINDS)}, got {op.kind!r}")
             if type(op.stage) is not int or type(op.microbatch) is not int:
                 raise TypeError(
                     f"schedule[{rank}][{place}]: stage and microbatch must be whole numbers, "

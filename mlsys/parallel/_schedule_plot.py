@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,10 +20,13 @@ from mlsys.parallel._schedule_simulate import Simulation
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patches import PathPatch
 
 COLOURS = {"F": "#56B4E9", "B": "#E69F00", "W": "#009E73", "BW": "#D55E00"}  # Okabe & Ito 2008
 WIDTH, ROW, AROUND = 9.6, 0.26, 0.52  # inches: of the picture, of a rank, of a panel's title
 DIGIT = 0.06  # inches, of a digit of the numbers inside
+NARROW = 2 / 72  # inches, of an operation: below it, white edges would hide the colours, and each bar costs time
+FORMS = (".svg", ".png", ".pdf")
 
 
 def plot(
@@ -39,7 +42,10 @@ def plot(
     .png or .pdf. `unit` is what times are in, for the axis. `ax`: draw a single timeline there.
 
     Numbers are microbatches. Of a rank with several stages, the further a stage is along the model the paler it is.
+    Where operations are too narrow to be told apart, those of a kind are drawn as one shape, without edges.
     """
+    if path is not None:
+        check_form(path)
     titled: dict[str, Timed] = dict(panels) if _by_title(panels) else {"": panels}  # type: ignore[arg-type, dict-item]
     if not titled:
         raise ValueError("panels is empty: there is nothing to draw")
@@ -50,8 +56,6 @@ def plot(
         ((title, one),) = steps.items()
         _draw(ax, title, one, one.makespan, inches=ax.get_window_extent().width / ax.figure.dpi)
         return ax.figure  # type: ignore[return-value]
-    if path is not None and Path(path).suffix not in (".svg", ".png", ".pdf"):
-        raise ValueError(f"path must end in .svg, .png or .pdf, got {os.fspath(path)!r}")
 
     from matplotlib.figure import Figure
 
@@ -68,6 +72,12 @@ def plot(
     return figure
 
 
+def check_form(path: str | os.PathLike[str], name: str = "path") -> None:
+    """Raise ValueError unless a picture can be written to `path`, called `name`."""
+    if Path(path).suffix not in FORMS:
+        raise ValueError(f"{name} must end in .svg, .png or .pdf, got {os.fspath(path)!r}")
+
+
 def _by_title(panels: object) -> bool:
     return isinstance(panels, Mapping) and all(isinstance(title, str) for title in panels)
 
@@ -75,6 +85,7 @@ def _by_title(panels: object) -> bool:
 def _draw(ax: Axes, title: str, one: Simulation, longest: float, inches: float) -> None:
     """One timeline, in a frame of so many inches for the time `longest`."""
     scale = inches / longest if longest else 0.0
+    narrow = one.makespan * scale < NARROW * max(map(len, one.schedule.values()))
     for rank, spans in one.spans.items():
         ax.broken_barh([(0, one.makespan)], (rank - 0.42, 0.84), facecolor="#F1F1F1")  # the bubble is what shows of it
         own = sorted({op.stage for op, _, _ in spans})
@@ -83,7 +94,10 @@ def _draw(ax: Axes, title: str, one: Simulation, longest: float, inches: float) 
                 bars = [(start, end - start) for op, start, end in spans if (op.kind, op.stage) == (kind, stage)]
                 if bars:
                     colour = _paler(COLOURS[kind], 0.65 * chunk / max(1, len(own) - 1))
-                    ax.broken_barh(bars, (rank - 0.42, 0.84), facecolor=colour, edgecolor="white", linewidth=0.5)
+                    if narrow:
+                        ax.add_artist(_shape(bars, rank - 0.42, 0.84, colour))
+                    else:
+                        ax.broken_barh(bars, (rank - 0.42, 0.84), facecolor=colour, edgecolor="white", linewidth=0.5)
         for op, start, end in spans:
             if (end - start) * scale > DIGIT * len(str(op.microbatch)) + 0.02:
                 middle = (start + end) / 2
@@ -97,9 +111,23 @@ def _draw(ax: Axes, title: str, one: Simulation, longest: float, inches: float) 
     ax.tick_params(labelsize=8)
     for side in ("top", "right", "left"):
         ax.spines[side].set_visible(False)
-    held = " ".join(f"{most:g}" for most in one.peak.values())
+    most = list(one.peak.values())
+    held = " ".join(f"{n:g}" for n in most) if len(most) <= 16 else f"at most {max(most):g}"
     what = f"{one.makespan:.4g} long, bubble {one.bubble:.1%}, in a span {one.span_bubble:.1%}, holds {held}"
     ax.set_title(f"{title}: {what}" if title else what, fontsize=9, loc="left")
+
+
+def _shape(bars: Sequence[tuple[float, float]], bottom: float, height: float, colour: tuple[float, ...]) -> PathPatch:
+    """Many bars as one path: a path each, and matplotlib takes as long for each bar as for a thousand corners."""
+    import numpy as np
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path as Outline
+
+    start, width = np.array(bars).T
+    x = np.stack([start, start + width, start + width, start], axis=1)
+    y = np.broadcast_to([bottom, bottom, bottom + height, bottom + height], x.shape)
+    outline = Outline.make_compound_path_from_polys(np.stack([x, y], axis=-1))
+    return PathPatch(outline, facecolor=colour, linewidth=0, snap=False)
 
 
 def _paler(colour: str, by: float) -> tuple[float, ...]:

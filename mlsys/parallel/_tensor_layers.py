@@ -82,7 +82,9 @@ def apply_columns(x: Tensor, layers: Sequence[ColumnLinear], *, cut: bool | None
     """
     first = layers[0]
     weights, biases = zip(*(layer.parameters_in_use() for layer in layers), strict=True)
-    return columns(x, weights, biases, first.ranks, cut=first.sequence_parallel if cut is None else cut)
+    leaves = [*(layer.weight for layer in layers), *(layer.bias for layer in layers)]
+    cut = first.sequence_parallel if cut is None else cut
+    return columns(x, weights, biases, first.ranks, cut=cut, leaves=leaves)
 
 
 class RowLinear(nn.Module):
@@ -139,8 +141,9 @@ class VocabEmbedding(nn.Module):
 
     def logits(self, x: Float[Tensor, "*rows width"], *, cut: bool | None = None) -> Float[Tensor, "*all_rows share"]:
         """The scores of this rank's tokens, x Wᵀ; the last rank may have fewer than the others, or none."""
-        weight = self.weight[: self.stop - self.start]  # without the padding
-        return columns(x, [weight], [None], self.ranks, cut=self.sequence_parallel if cut is None else cut)[0]
+        here, cut = self.stop - self.start, self.sequence_parallel if cut is None else cut
+        weight = self.weight if here == len(self.weight) else self.weight[:here]  # without the padding
+        return columns(x, [weight], [None], self.ranks, cut=cut, leaves=[self.weight, None])[0]
 
     def extra_repr(self) -> str:
         return f"tokens {self.start} … {self.stop - 1} of {self.vocab}, width={self.weight.shape[1]}"

@@ -9,12 +9,16 @@ See also:
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
+import safetensors
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -22,6 +26,7 @@ from torch.nn import functional as F
 
 from mlsys.attention import naive
 from mlsys.attention.kv_cache import PagedKVCache
+from mlsys.models import _checkpoint
 from mlsys.models._inputs import check_ids
 from mlsys.models._layers import AttentionFn, Cache, KVCache, rotation
 from mlsys.models.transformer import Transformer
@@ -30,9 +35,11 @@ from mlsys.parallel._tensor_block import ParallelBlock, ParallelNorm
 from mlsys.parallel._tensor_layers import VocabEmbedding, vocab_cross_entropy
 from mlsys.parallel._tensor_operators import Ranks, gather, part
 from mlsys.parallel._tensor_shards import check_divides, cut_of
-from mlsys.parallel.collectives import Communicator, all_gather
+from mlsys.parallel.collectives import all_gather
 from mlsys.parallel.collectives import gather as to_one
 from mlsys.perf.configs import Config
+
+IGNORED = -100  # a target that does not count: torch's ignore_index
 
 
 class TensorParallel(Transformer):
@@ -55,7 +62,6 @@ class TensorParallel(Transformer):
         super().__init__(config, attention=attention, device="meta", dtype=dtype)
         check_divides(config, group.size)
         self.ranks, self.sequence_parallel = group, sequence_parallel
-        self._own: Communicator | None = None  # to be closed with this
         self._compared = False
         for name in ("token_embedding",) if config.tied else ("token_embedding", "head"):
             matrix = VocabEmbedding(getattr(self, name).weight, group, sequence_parallel=sequence_parallel)
@@ -99,15 +105,17 @@ class TensorParallel(Transformer):
         """Mean cross-entropy in nats, the same on every rank, and its gradient that of one process.
 
         Logits stay where they are: each rank has its columns, and three numbers a token are all that is sent.
+        Targets of −100 do not count, as for `F.cross_entropy`: the mean is over all others.
         """
-        check_ids("targets", targets, 2, self.config.vocab, "vocab", self.token_embedding.weight.device)
+        counted = targets.masked_fill(targets == IGNORED, 0) if isinstance(targets, Tensor) else targets
+        check_ids("targets", counted, 2, self.config.vocab, "vocab", self.token_embedding.weight.device)
         if targets.shape != tokens.shape:
             raise ValueError(f"targets must have the shape of tokens {tuple(tokens.shape)}, got {tuple(targets.shape)}")
         x = self._stream(tokens, None, None)
         cut = x.shape[1] != tokens.shape[1]
         logits = self._output.logits(x.flatten(0, 1))  # (b·t, share), if cut ordered by rank
         wanted = _by_rank(targets, self.size) if cut else targets
-        return vocab_cross_entropy(logits, wanted.flatten(), self.ranks, vocab=self.config.vocab)
+        return vocab_cross_entropy(logits, wanted.flatten(), self.ranks, vocab=self.config.vocab, ignore_index=IGNORED)
 
     def cache(self, batch: int, capacity: int | None = None) -> KVCache:
         """An empty cache for this rank's key/value heads."""
@@ -269,13 +277,27 @@ class TensorParallel(Transformer):
         return norm
 
     def close(self) -> None:
-        """End the communicator, if it was made with this model."""
-        if self._own is not None:
-            self._own.close()
+        """End the communicator, if it was made with this model; copies of the model have the same one."""
+        self.ranks.close()
 
 
 def _whole(config: Config) -> Transformer:
     return Transformer(config, device="meta")
+
+
+def header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The config in a file that `transformer.save` wrote, and the dtype of its weights."""
+    with Path(path).open("rb"):
+        pass  # a missing file or a folder is told as Python tells it
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("kind") != _checkpoint.KIND:
+                raise ValueError(f"{path} holds no model that mlsys.models.transformer.save wrote")
+            dtype = file.get_slice("token_embedding.weight")[:1].dtype
+            return {"config": json.loads(metadata["config"]), "dtype": dtype}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file ({error}): save the model again") from None
 
 
 def _by_rank(tokens: Tensor, n: int) -> Tensor:

@@ -27,6 +27,7 @@ See also:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mlsys.parallel._communicator import channel
-from mlsys.parallel.collectives import Group, Work, all_gather, all_reduce, reduce_scatter
+from mlsys.parallel.collectives import Communicator, Group, Work, all_gather, all_reduce, reduce_scatter
 
 
 class Ranks:
@@ -42,9 +43,19 @@ class Ranks:
 
     algorithm: of all of them, such as "auto", "ring" or "backend".
     overlap:   whether the gradient of a product's input travels while that of its weights is computed.
+    owned:     a Communicator that was made for these layers, which `close` ends.
+
+    A copy of a layer has the same: connections are not copied.
     """
 
-    def __init__(self, group: Group = None, *, algorithm: str = "auto", overlap: bool | None = None) -> None:
+    def __init__(
+        self,
+        group: Group = None,
+        *,
+        algorithm: str = "auto",
+        overlap: bool | None = None,
+        owned: Communicator | None = None,
+    ) -> None:
         if isinstance(group, Ranks):
             raise TypeError("group is a Ranks already: pass it on as it is")
         there = channel(group)
@@ -54,6 +65,15 @@ class Ranks:
         self.options: dict[str, Any] = {"algorithm": algorithm, "check": there.shared is not None}
         self.broadcasts = "backend" if algorithm == "backend" else "auto"
         self.overlap = there.shared is None if overlap is None else overlap
+        self._owned = owned
+
+    def __deepcopy__(self, memo: Any) -> Ranks:
+        return self
+
+    def close(self) -> None:
+        """End what is `owned`. Once is enough."""
+        if self._owned is not None:
+            self._owned.close()
 
     def reduce(self, tensor: Tensor, op: str = "sum") -> None:
         """Replace `tensor`, which must be the caller's own, by the sum (or the largest) over the ranks."""
@@ -109,36 +129,36 @@ def ranks(group: Group | Ranks) -> Ranks:
 
 def f(x: Tensor, group: Group | Ranks = None) -> Tensor:
     """Nothing; backward, the sum of the gradient over the ranks, each of which used x for a part of the result."""
-    return _F.apply(x, ranks(group))
+    return _Operator.apply(x, ranks(group), _nothing, f_bar)
 
 
 def f_bar(x: Tensor, group: Group | Ranks = None) -> Tensor:
     """The sum of x over the ranks; backward nothing. Megatron-LM's paper calls it g."""
-    return _FBar.apply(x, ranks(group))
+    return _Operator.apply(x, ranks(group), _summed, f)
 
 
 def g(x: Tensor, group: Group | Ranks = None) -> Tensor:
     """All ranks' x, one after the other along the first dimension; backward this rank's part of the summed gradient."""
-    return _G.apply(x, ranks(group))
+    return _Operator.apply(x, ranks(group), Ranks.gathered, g_bar)
 
 
 def g_bar(x: Tensor, group: Group | Ranks = None) -> Tensor:
     """This rank's part, along the first dimension, of the sum of x; backward all gradients, one after the other."""
     there = ranks(group)
     check_rows(x, there)
-    return _GBar.apply(x, there)
+    return _Operator.apply(x, there, Ranks.scattered, g)
 
 
 def gather(x: Tensor, group: Group | Ranks = None) -> Tensor:
     """All ranks' x, for a computation that every rank repeats; backward this rank's part of its own gradient."""
-    return _Gather.apply(x, ranks(group))
+    return _Operator.apply(x, ranks(group), Ranks.gathered, part)
 
 
 def part(x: Tensor, group: Group | Ranks = None) -> Tensor:
     """This rank's part of an x that all ranks have; backward the whole gradient, gathered."""
     there = ranks(group)
     check_rows(x, there)
-    return _Part.apply(x, there)
+    return _Operator.apply(x, there, _own, gather)
 
 
 def check_rows(x: Tensor, there: Ranks) -> None:
@@ -150,72 +170,37 @@ def check_rows(x: Tensor, there: Ranks) -> None:
         )
 
 
-class _F(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, there: Ranks) -> Tensor:
-        ctx.there = there
-        return x.view_as(x)
+class _Operator(torch.autograd.Function):
+    """Forward `ahead`; backward `back`, the other one of the pair, which can be differentiated in its turn."""
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return f_bar(gradient, ctx.there), None
-
-
-class _FBar(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, there: Ranks) -> Tensor:
-        ctx.there = there
-        total = x.clone(memory_format=torch.contiguous_format)
-        there.reduce(total)
-        return total
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        there: Ranks,
+        ahead: Callable[[Ranks, Tensor], Tensor],
+        back: Callable[[Tensor, Ranks], Tensor],
+    ) -> Tensor:
+        ctx.there, ctx.back = there, back
+        return ahead(there, x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return f(gradient, ctx.there), None
+        return ctx.back(gradient, ctx.there), None, None, None
 
 
-class _G(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, there: Ranks) -> Tensor:
-        ctx.there = there
-        return there.gathered(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return g_bar(gradient, ctx.there), None
+def _nothing(there: Ranks, x: Tensor) -> Tensor:
+    return x.view_as(x)
 
 
-class _GBar(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, there: Ranks) -> Tensor:
-        ctx.there = there
-        return there.scattered(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return g(gradient, ctx.there), None
+def _summed(there: Ranks, x: Tensor) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    there.reduce(total)
+    return total
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, there: Ranks) -> Tensor:
-        ctx.there = there
-        return there.gathered(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return part(gradient, ctx.there), None
-
-
-class _Part(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, there: Ranks) -> Tensor:
-        ctx.there = there
-        return there.own(x).clone(memory_format=torch.contiguous_format)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gather(gradient, ctx.there), None
+def _own(there: Ranks, x: Tensor) -> Tensor:
+    return there.own(x).clone(memory_format=torch.contiguous_format)
 
 
 # --- gradients of weights that several ranks have a copy of -----------------------------------------------------------

@@ -12,6 +12,9 @@ convolutions, `x @ W`, `nn.MultiheadAttention`) come with B: they are right, and
 that is itself computed, as by a parametrization: only leaves can wait; and those of layers under activation
 checkpointing.
 
+An autograd function of its own, as those of tensor-parallel layers, asks `store_here(x)` before it is applied where
+to leave the second product, and `put`s it there in its backward pass.
+
 A mode and no change of the module: whoever calls the same module outside of it, or has a graph of it from before, is
 not concerned.
 
@@ -19,46 +22,55 @@ Memory:
     x is kept by the forward pass anyway; between B and W it is joined by g. All else of the graph goes with B.
 
 See also:
-    `mlsys.parallel.pipeline` (who puts off), `mlsys.parallel.schedules` (what for).
+    `mlsys.parallel.pipeline` (who puts off), `mlsys.parallel.schedules` (what for), `mlsys.parallel._tensor_products`
+    (the products of tensor parallelism).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
 
 class Store:
     """What the weights' gradients of one microbatch will be made of, from B until W."""
 
     def __init__(self) -> None:
-        self._products: dict[Tensor, list[tuple[Tensor, Tensor]]] = defaultdict(list)  # weight → (x, g), as rows
-        self._sums: dict[Tensor, list[Tensor]] = defaultdict(list)  # bias → g, as rows
+        self._waiting: list[tuple[Sequence[Tensor], Callable[[], Sequence[Tensor]]]] = []
+
+    def put(self, weights: Sequence[Tensor], gradients: Callable[[], Sequence[Tensor]]) -> None:
+        """Leave `gradients`, of these weights, until W; what it keeps alive is freed as soon as it has run."""
+        self._waiting.append((weights, gradients))
 
     def run(self) -> None:
-        """Add all of them to `.grad`, and be empty."""
-        leaves: list[Tensor] = []
-        gradients: list[Tensor] = []
+        """Add all of them to `.grad`, and be empty. Always in the same order, the last `put` first: some send."""
+        weights: list[Tensor] = []
+        found: list[Tensor] = []
         with torch.no_grad():
-            while self._products:
-                weight, pairs = self._products.popitem()
-                leaves += [weight] * len(pairs)
-                gradients += [(g.T @ x).to(weight.dtype) for x, g in pairs]
-            while self._sums:
-                bias, rows = self._sums.popitem()
-                leaves += [bias] * len(rows)
-                gradients += [g.sum(0).to(bias.dtype) for g in rows]
-        if leaves:  # a leaf that is named twice gets the sum, once
-            torch.autograd.backward(leaves, gradients)
+            while self._waiting:
+                some, gradients = self._waiting.pop()
+                found += [g.to(weight.dtype) for weight, g in zip(some, gradients(), strict=True)]
+                weights += some
+                del gradients  # and with it what it has kept, before the next
+        if weights:  # a leaf that is named twice gets the sum, once
+            torch.autograd.backward(weights, found)
 
     def __len__(self) -> int:
-        return len(self._products) + len(self._sums)
+        """How many gradients wait."""
+        return sum(len(weights) for weights, _ in self._waiting)
+
+
+def store_here(x: Tensor) -> Store | None:
+    """The store of the `deferring` block in which x is used; None outside, or where nothing can be put off."""
+    if has_torch_function_unary(x):  # a mode is active, to which this call goes as one of torch's own would
+        return handle_torch_function(store_here, (x,), x)
+    return None
 
 
 class deferring(TorchFunctionMode):
@@ -73,14 +85,14 @@ class deferring(TorchFunctionMode):
         self.store = store
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and torch.is_grad_enabled() and not _kept_elsewhere():
-            return _linear(self.store, *args, **(kwargs or {}))
+        if func in (F.linear, store_here) and torch.is_grad_enabled() and not _kept_elsewhere():
+            return self.store if func is store_here else _linear(self.store, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 def _linear(store: Store, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, with its argument names, as far as it can wait."""
-    if not _waits(weight) or weight.ndim != 2:
+    if not waits(weight) or weight.ndim != 2:
         return F.linear(input, weight, bias)
     if bias is not None and bias.requires_grad and not bias.is_leaf:
         return _linear(store, input, weight) + bias
@@ -94,7 +106,8 @@ def _kept_elsewhere() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-def _waits(parameter: Tensor) -> bool:
+def waits(parameter: Tensor) -> bool:
+    """Whether its gradient can be put off: that of a leaf, to which nothing but `.grad` belongs."""
     return parameter.is_leaf and parameter.requires_grad and type(parameter) in (Tensor, torch.nn.Parameter)
 
 
@@ -113,8 +126,9 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        rows = g.reshape(-1, g.shape[-1])
-        ctx.store._products[ctx.weight].append((x.reshape(-1, x.shape[-1]), rows))
+        rows_of_x, rows = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
         if ctx.bias is not None and ctx.bias.requires_grad:
-            ctx.store._sums[ctx.bias].append(rows)
+            ctx.store.put([ctx.weight, ctx.bias], lambda: (rows.T @ rows_of_x, rows.sum(0)))
+        else:
+            ctx.store.put([ctx.weight], lambda: (rows.T @ rows_of_x,))
         return (g @ weight.to(g.dtype)).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None, None, None

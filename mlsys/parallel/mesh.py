@@ -349,7 +349,7 @@ class Parallel:
             parameters = [p for _, p in self._named()]
             self._replicas = Replicas(parameters, tied, dp, bucket_mb=bucket_mb, algorithm=algorithm)
         if grid.dp > 1:
-            self.pipeline._tied = TiedOfReplicas(self.pipeline._tied, dp, algorithm)
+            self.pipeline.tied = TiedOfReplicas(self.pipeline.tied, dp, algorithm)
 
     def _run(self, do: Callable[[Any, Any], Tensor], tokens: Any, targets: Any) -> Tensor:
         count = self._counted(tokens, targets)

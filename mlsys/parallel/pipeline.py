@@ -13,7 +13,8 @@ what stands there:
 
     F   takes the activation of the stage before, runs the stage, passes the result on
     BW  takes the gradient of that result, runs autograd's backward pass, passes the gradient of the activation back
-    B   the same, but for the weights of linear layers, whose gradients are put off (`_weight_gradients`)
+    B   the same, but for the weights of linear layers, tensor-parallel ones too, whose gradients are put off
+        (`_weight_gradients`)
     W   works those out
 
 That is the whole executor: it knows nothing of 1F1B or of zero bubbles. What it takes is any table that passes
@@ -69,6 +70,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from mlsys.parallel import _loops, traffic
+from mlsys.parallel._mesh_group import plain_group
 from mlsys.parallel._pipeline_agree import agree, device_of, gathered
 from mlsys.parallel._pipeline_batch import Microbatch, microbatches, shares
 from mlsys.parallel._pipeline_messages import TAG, Links, Messages, given, plan, taken
@@ -76,7 +78,7 @@ from mlsys.parallel._pipeline_stages import Stage, load, partition, split
 from mlsys.parallel._pipeline_tied import Tied, shared_here
 from mlsys.parallel._pipeline_times import measured, operations
 from mlsys.parallel._weight_gradients import Store, deferring
-from mlsys.parallel.collectives import Communicator, Group
+from mlsys.parallel.collectives import Group
 from mlsys.parallel.schedules import (
     KINDS,
     SCHEDULES,
@@ -139,7 +141,8 @@ class Pipeline:
               batch. The rest is not kept.
     schedule: the same on all ranks; it says which rank has which stage. Checked here, once.
     loss:     loss(output of the last stage, targets) → a scalar, the mean over the microbatch.
-    group:    process group or Communicator, of as many ranks as the schedule has; None is all, or this process alone.
+    group:    process group, Communicator, or DeviceMesh of one dimension (`mesh["pp"]`), of as many ranks as the table
+              has; None is all, or this process alone.
     count:    count(targets) → of how many things `loss` is the mean; None: of samples, the first dimension.
     limit:    of microbatches in flight, as of `validate`.
     timeline: gets a "compute" span for each operation and a "waiting" span for each wait.
@@ -153,13 +156,13 @@ class Pipeline:
         stages: Mapping[int, nn.Module] | Sequence[nn.Module],
         schedule: Schedule,
         loss: Callable[..., Tensor],
-        group: Group = None,
+        group: Group | Any = None,
         *,
         count: Callable[[Any], float] | None = None,
         limit: int | Mapping[int, int] | None = None,
         timeline: Any = None,
     ) -> None:
-        group = group.group if isinstance(group, Communicator) else group
+        group = plain_group(group, "pp")
         summary = validate(schedule, limit=limit)
         self.rank_of, self.microbatches = summary.rank_of, summary.microbatches
         self.schedule = {rank: list(ops) for rank, ops in schedule.items()}
@@ -180,8 +183,8 @@ class Pipeline:
         self._put_off = {op[1:] for op in self.schedule[self.rank] if op.kind == "B"}
         last_tag = TAG + 3 * (self._last + 1) * self.microbatches
         self._loss_tag = last_tag
-        self._tied = Tied(shared_here(self.stages), ranks_of_shared, last_tag + 1)
-        self._tied.make_equal(self._links)
+        self.tied = Tied(shared_here(self.stages), ranks_of_shared, last_tag + 1)
+        self.tied.make_equal(self._links)
         self._broken = False
         _loops.calm()
 
@@ -282,7 +285,7 @@ class Pipeline:
         step = _Step(batch, wanted, shares(batch, wanted, self.count) if last_here else [], self.device)
         self._broken = True  # until the end is reached
         if training:
-            self._tied.begin()
+            self.tied.begin()
         self._messages.begin(self._plans[training], [one.signature for one in batch], training)
         told = None if last_here else self._expect_mean()
         for position, op in enumerate(self._plans[training].ops):
@@ -290,7 +293,7 @@ class Pipeline:
         mean = self._tell(step.total) if told is None else told()
         self._messages.finish()
         if training:
-            self._tied.add_up(self._links)
+            self.tied.add_up(self._links)
         self._broken = False
         return mean
 
@@ -348,8 +351,10 @@ class Pipeline:
 
     def _loss_of(self, output: Any, target: Microbatch, share: float, k: int) -> Tensor:
         """The part of a microbatch in the mean over the batch."""
-        if share == 0:  # a mean over nothing is not a number, and not to be added
-            return 0.0 * sum((t.sum() for t in _tensors(output, self._last)), start=torch.zeros((), device=self.device))
+        if share == 0:  # a mean over nothing is not a number, and 0 times what is not finite is none either
+            nothing = torch.ones((), dtype=torch.bool, device=self.device)
+            zeros = (t.masked_fill(nothing, 0).sum() for t in _tensors(output, self._last))
+            return sum(zeros, start=torch.zeros((), device=self.device))
         value = self.loss(output, *target.tensors)
         if not isinstance(value, Tensor) or value.numel() != 1:
             found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -55,7 +55,6 @@ See also:
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -65,9 +64,9 @@ import torch
 import torch.distributed as dist
 
 from mlsys.attention import naive
-from mlsys.models import _checkpoint
 from mlsys.models._layers import AttentionFn
 from mlsys.models.transformer import Transformer
+from mlsys.parallel._mesh_group import of_mesh
 from mlsys.parallel._tensor_layers import (
     ColumnLinear,
     RowLinear,
@@ -75,7 +74,7 @@ from mlsys.parallel._tensor_layers import (
     apply_columns,
     vocab_cross_entropy,
 )
-from mlsys.parallel._tensor_model import TensorParallel
+from mlsys.parallel._tensor_model import TensorParallel, header
 from mlsys.parallel._tensor_operators import Ranks, f, f_bar, g, g_bar, gather, part
 from mlsys.parallel._tensor_shards import check_divides, cut_of
 from mlsys.parallel.collectives import Communicator, Group, broadcast
@@ -121,12 +120,12 @@ def parallelize(
         raise TypeError(f"model must be a Transformer or the path of a saved one, got {type(model).__name__}")
     _checks.known("algorithm", algorithm, ("auto", "ring", "shared_memory", "backend"))
     source = _Source(model, attention, dtype)
-    chosen = _of_mesh(group)
+    chosen = of_mesh(group, "tp")
     own = None
     if algorithm != "backend" and not isinstance(chosen, Communicator):
         chosen = own = Communicator(chosen)
     try:
-        ranks = Ranks(chosen, algorithm=algorithm, overlap=overlap)
+        ranks = Ranks(chosen, algorithm=algorithm, overlap=overlap, owned=own)
         source = _agreed(source, sequence_parallel, ranks)
         made = TensorParallel(
             source.config, ranks, sequence_parallel=sequence_parallel, attention=source.attention, dtype=source.dtype
@@ -137,7 +136,6 @@ def parallelize(
         if own is not None:
             own.close()
         raise
-    made._own = own
     return made
 
 
@@ -164,8 +162,8 @@ class _Source:
         else:
             self.attention = attention or naive.attention
             try:
-                self.config = Config(**_header(self.path)["config"])
-                self.dtype = dtype or _header(self.path)["dtype"]
+                found = header(Path(model))
+                self.config, self.dtype = Config(**found["config"]), dtype or found["dtype"]
             except (OSError, ValueError, TypeError) as error:  # the others must hear of it
                 self.problem = f"{type(error).__name__}: {error}"
 
@@ -213,31 +211,3 @@ def _agreed(source: _Source, sequence_parallel: bool, ranks: Ranks) -> _Source:
     check_divides(mine[1], ranks.size)
     source.empty = everyone[0][1]
     return source
-
-
-def _header(path: Any) -> dict[str, Any]:
-    """The config in a file that `transformer.save` wrote, and the dtype of its weights."""
-    with Path(path).open("rb"):
-        pass  # a missing file or a folder is told as Python tells it
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("kind") != _checkpoint.KIND:
-                raise ValueError(f"{path} holds no model that mlsys.models.transformer.save wrote")
-            dtype = file.get_slice("token_embedding.weight")[:1].dtype
-            return {"config": json.loads(metadata["config"]), "dtype": dtype}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is damaged, or no safetensors file ({error}): save the model again") from None
-
-
-def _of_mesh(group: Any) -> Any:
-    """The process group of a DeviceMesh of one dimension; anything else as it is."""
-    if not hasattr(group, "get_group") or not hasattr(group, "mesh_dim_names"):
-        return group
-    if group.ndim != 1:
-        names = group.mesh_dim_names or ()
-        raise ValueError(
-            f"group is a mesh of {group.ndim} dimensions {tuple(names)}: pass the one of tensor parallelism, such as "
-            'mesh["tp"]'
-        )
-    return group.get_group()

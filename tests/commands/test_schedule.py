@@ -95,7 +95,7 @@ def test_picture(run, tmp_path):
         (["gpipe", "-p", "0"], "p must be at least 1, got 0"),
         (["interleaved", "-m", "6"], "m=6: interleaved sends microbatches in groups of p=4"),
         (["gpipe", "--limit", "4"], "rank 0 holds 5 microbatches"),
-        (["gpipe", "--plot", "a.gif"], "path must end in .svg, .png or .pdf"),
+        (["gpipe", "--plot", "a.gif"], "--plot must end in .svg, .png or .pdf, got 'a.gif'"),
     ],
 )
 def test_bad_requests(run, words, message):

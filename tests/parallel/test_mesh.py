@@ -216,6 +216,35 @@ def test_one_rank_is_a_mesh_too():
 # --- details ----------------------------------------------------------------------------------------------------------
 
 
+def when_weights_get_their_gradients(sequence_parallel):
+    """Of the matrices in W and in no other operation, of the norms in B; and each W computes something."""
+    whole, (tokens, targets) = model_of("llama"), batch("llama")
+    model = Parallel(whole, mesh(1, 2, 2), zb_h1(2, 3), sequence_parallel=sequence_parallel)
+    pipe, now, seen = model.pipeline, [], []
+    do = pipe._do
+
+    def watched(position, op, step):
+        now[:] = [op]
+        do(position, op, step)
+
+    pipe._do = watched
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: seen.append((now[0].kind, name)))
+    loss = mean_loss(whole, tokens, targets)
+    loss.backward()
+    close(model.step(tokens, targets), loss)
+    gradients(model, whole)
+    for name, _ in model.named_parameters():
+        matrix = "norm" not in name and "token_embedding" not in name
+        assert [kind for kind, one in seen if one == name] == 3 * ["W" if matrix else "B"], name
+    model.close()
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_w_computes_the_gradients_of_tensor_parallel_layers(sequence_parallel):
+    launch(partial(when_weights_get_their_gradients, sequence_parallel), 4, timeout=120)
+
+
 def tied_copies():
     """Three replicas, whose sums depend on the order: the copies of a tied weight must not."""
     for zero in (None, 1):

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from mlsys.contracts import check, find
+from mlsys.contracts import _parallel_pipeline, check, find
 from mlsys.models import transformer
 from mlsys.models.transformer import Transformer
 from mlsys.parallel import LaunchError, _pipeline_messages, launch, ledger
@@ -713,6 +713,45 @@ def test_count_says_of_what_a_loss_is_the_mean():
     assert all(launch(padded, 2))
 
 
+class Bad(nn.Module):
+    """Of the last microbatch of three, the result is `value`."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value, self.calls = value, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x if self.calls % 3 else x + self.value
+
+
+def infinite_and_not_counted():
+    """A microbatch of which nothing counts adds nothing, whatever its numbers are."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6, dtype=DOUBLE), nn.Tanh(), nn.Linear(6, 6, dtype=DOUBLE))
+    x, y = rows(6)
+    twin = copy.deepcopy(model)
+    F.mse_loss(twin(x[:4]), y[:4]).backward()
+    for bad in (torch.inf, torch.nan):
+        stages = [model[:2], nn.Sequential(model[2], Bad(bad))]
+        model.zero_grad()
+        marked = torch.cat([y, torch.tensor([[1.0], [1], [1], [1], [0], [0]], dtype=DOUBLE)], dim=1)
+        for table in (one_f_one_b(2, 3), zb_h1(2, 3)):
+            pipe = Pipeline(
+                stages, table, lambda out, to: F.mse_loss(out, to[:, :6]), count=lambda to: float(to[:, 6].sum())
+            )
+            model.zero_grad()
+            loss = pipe.step(x, marked)
+            torch.testing.assert_close(loss, F.mse_loss(twin(x[:4]), y[:4]))
+            torch.testing.assert_close(pipe.evaluate(x, marked), loss)
+            for mine, want in zip(model[2 * dist.get_rank()].parameters(), twin[2 * dist.get_rank()].parameters()):
+                torch.testing.assert_close(mine.grad, want.grad)
+
+
+def test_what_does_not_count_may_be_infinite():
+    launch(infinite_and_not_counted, 2)
+
+
 def half_precision():
     model = language_model(dtype=torch.bfloat16)
     x, y = tokens(8)
@@ -927,6 +966,29 @@ def test_bad_stages_are_named():
     assert "have a 2.weight each, where the model has one" in refused([one[0], one[1], two[2]], one_rank(3, 2))
 
 
+def groups():
+    """One dimension of a mesh is a group; several are none, nor is anything else."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    x, y = rows(4)
+    model = mlp(4)
+    want = squares(model(x), y)
+    both = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "pp"))
+    loss = Pipeline(split(model, 2), gpipe(2, 2), squares, both["pp"]).step(x, y)
+    torch.testing.assert_close(loss, want.detach())
+    for group, error, message in (
+        (both, ValueError, r"group is a mesh of 2 dimensions \('dp', 'pp'\): pass .*, such as mesh\[.pp.\]"),
+        ([0, 1], TypeError, r"group must be a process group of this rank, .* got \[0, 1\]"),
+        (dist.GroupMember.NON_GROUP_MEMBER, TypeError, "only its members may use it"),
+    ):
+        with pytest.raises(error, match=message):
+            Pipeline(split(model, 2), gpipe(2, 2), squares, group)
+
+
+def test_what_may_be_a_group():
+    launch(groups, 2)
+
+
 def on_one_rank():
     """What only one rank does wrong is raised on both."""
     rank = dist.get_rank()
@@ -1044,3 +1106,11 @@ def test_the_contract_names_every_mistake(name):
     assert verdict.failure is not None
     assert verdict.failure.like == name
     assert verdict.failure.hint == wrong.hint
+
+
+def test_whoever_takes_ranks_of_all_for_those_of_a_group_is_told():
+    wrong = _parallel_pipeline.GLOBAL_RANKS
+    failure = check(CONTRACT, wrong.impl).failure
+    assert failure.case == {"n": 3, "microbatches": 4, "rows": 9, "members": (1, 2)}
+    assert " raised ValueError: " in failure.message
+    assert wrong.hint in failure.message

@@ -363,6 +363,7 @@ NO_TABLE = {
     "row": ({0: "F0"}, r"schedule\[0\] must be a list of operations, got str"),
     "tuple": ({0: [("F", 0, 0)]}, r"schedule\[0\]\[0\] must be an Op, as Op\(\"F\", 0, 1\) is; got \('F', 0, 0\)"),
     "half": ({0: [Op("F", 0, 0.5)]}, r"schedule\[0\]\[0\]: stage and microbatch must be whole numbers, got 0 and 0.5"),
+    "kind": ({0: [Op(["F"], 0, 0)]}, r"schedule\[0\]\[0\]: kind must be one of F, B, W, BW, got \['F'\]"),
     "numpy": ({0: [Op("F", np.int64(0), 0)]}, "must be whole numbers"),
 }
 
@@ -543,6 +544,18 @@ def test_numbers_that_do_not_fit_are_left_out_of_the_picture(tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     figure = plot(one_f_one_b(2, 200))
     assert not figure.axes[0].texts
+
+
+def test_a_long_step_is_drawn_as_few_shapes():
+    """The same area in the same colours, and no more shapes than ranks and kinds."""
+    figure = plot(one_f_one_b(4, 400))
+    ax = figure.axes[0]
+    shapes = [patch for patch in ax.get_children() if type(patch).__name__ == "PathPatch"]
+    assert len(shapes) == 4 * 2
+    assert [len(shape.get_path().vertices) for shape in shapes] == [5 * 400] * 8  # four corners and the end of each
+    first = shapes[0].get_path().vertices[:4]
+    assert first.tolist() == [[0, -0.42], [1, -0.42], [1, 0.42], [0, 0.42]]
+    assert sum(len(c.get_paths()) for c in ax.collections) == 4  # what lies behind each rank
 
 
 def test_on_axes_of_ones_own():

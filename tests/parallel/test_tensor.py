@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 
 from mlsys.attention import flash
 from mlsys.contracts import _parallel_tensor, check, find
@@ -17,6 +18,7 @@ from mlsys.parallel import DataParallel, launch
 from mlsys.parallel._tensor_operators import Ranks, shared
 from mlsys.parallel._tensor_products import columns, rows
 from mlsys.parallel._tensor_shards import Cut, cut_of
+from mlsys.parallel._weight_gradients import Store, deferring
 from mlsys.parallel.collectives import Communicator
 from mlsys.parallel.tensor import (
     ColumnLinear,
@@ -282,6 +284,118 @@ def autocast_is_that_of_linear():
     assert made.dtype == want.dtype == torch.bfloat16
     made.sum().backward()
     close(made.float(), want.float(), torch.bfloat16)
+
+
+@over(name=list(CONFIGS))
+def weights_gradients_wait_for_w(name):
+    """As those of plain linear layers: what has a gradient after B is no matrix of a product, and W has the rest."""
+    n = dist.get_world_size()
+    model = model_of(CONFIGS[name])
+    tokens, targets = batch(CONFIGS[name])
+    model.loss(tokens, targets).backward()
+    for sequence_parallel in (False, True):
+        made, store = shared_out(model, sequence_parallel=sequence_parallel), Store()
+        hooked = []
+        for each, parameter in made.named_parameters():
+            parameter.register_post_accumulate_grad_hook(lambda _, each=each, to=hooked: to.append(each))
+        with deferring(store):
+            loss = made.loss(tokens, targets)
+        with ledger() as ahead:
+            loss.backward()
+        products = {each for each, _ in made.named_parameters() if "norm" not in each and "embedding" not in each}
+        assert {each for each, p in made.named_parameters() if p.grad is None} == products
+        assert not products & set(hooked)
+        before = made.token_embedding.weight.grad.clone()
+        with ledger() as behind:
+            store.run()
+        assert len(store) == 0
+        same_gradients(model, made)
+        assert products <= set(hooked)
+        # The lookup's gradient is there after B; that of a tied output matrix comes on top in W, where there are rows.
+        more = CONFIGS[name].tied and made.token_embedding.stop > made.token_embedding.start
+        assert torch.equal(made.token_embedding.weight.grad, before) is not more
+        if n > 1:  # what the rank before waits for is sent in B; W gathers inputs, and sums copies
+            layers, cut = CONFIGS[name].layers, sequence_parallel
+            assert ahead.calls["reduce_scatter" if cut else "all_reduce"] >= 2 * layers
+            assert behind.calls["all_gather"] == (2 * layers + 1 if cut else 0)
+            assert behind.calls["reduce_scatter"] == 0
+            copies = 2 * layers * (1 + CONFIGS[name].bias) if CONFIGS[name].kv_heads < n else 0
+            biases = 2 * layers if cut and CONFIGS[name].bias else 0
+            assert behind.calls["all_reduce"] == copies + biases
+
+
+@scenario
+def what_waits_beside_frozen_weights_and_without_a_gradient_of_x():
+    n = dist.get_world_size()
+    torch.manual_seed(0)
+    up, down, x = nn.Linear(6, 4 * n).double(), nn.Linear(4 * n, 6).double(), random(2 * n, 6)
+    for cut in (False, True):
+        mine = x.tensor_split(n)[dist.get_rank()] if cut else x
+        one = ColumnLinear(up, SHARED[0], sequence_parallel=cut)
+        two = RowLinear(down, SHARED[0], sequence_parallel=cut)
+        two.weight.requires_grad_(False)
+        for frozen in (False, True):
+            one.bias.requires_grad_(frozen)
+            one.weight.requires_grad_(not frozen)
+            waits = [one.bias if frozen else one.weight, two.bias]
+            two(one(mine)).square().sum().backward()
+            want = [p.grad.clone() for p in waits]
+            one.zero_grad(), two.zero_grad()
+            store = Store()
+            with deferring(store):
+                y = two(one(mine)).square().sum()
+            y.backward()
+            if n > 1:  # alone it is a plain linear layer, whose bias waits with its weight only
+                assert all(p.grad is None for p in (*one.parameters(), *two.parameters()))
+            store.run()
+            for p, expected in zip(waits, want, strict=True):
+                close(p.grad, expected)
+            assert one.weight.grad is None or one.bias.grad is None
+            one.zero_grad(), two.zero_grad()
+
+
+@scenario
+def a_weight_that_is_computed_does_not_wait():
+    class Double(nn.Module):
+        def forward(self, w):
+            return 2 * w
+
+    n = dist.get_world_size()
+    torch.manual_seed(0)
+    layer, x = ColumnLinear(nn.Linear(6, 4 * n).double(), SHARED[0]), random(2, 6)
+    parametrize.register_parametrization(layer, "weight", Double())
+    layer(x).sum().backward()
+    original = layer.parametrizations.weight.original
+    want = original.grad
+    original.grad = layer.bias.grad = None
+    store = Store()
+    with deferring(store):
+        y = layer(x).sum()
+    y.backward()
+    close(original.grad, want)
+    if n > 1:  # alone it is a plain linear layer
+        assert layer.bias.grad is None
+    store.run()
+    close(original.grad, want)
+    assert layer.bias.grad is not None
+
+
+@scenario
+def autocast_where_w_is_apart():
+    n = dist.get_world_size()
+    torch.manual_seed(0)
+    up, down, x = nn.Linear(8, 8 * n), nn.Linear(8 * n, 8), random(4, 8).float()
+    pairs = [(ColumnLinear(up, SHARED[0]), RowLinear(down, SHARED[0])) for _ in range(2)]
+    store = Store()
+    with torch.autocast("cpu", torch.bfloat16):
+        pairs[0][1](pairs[0][0](x)).sum().backward()
+        with deferring(store):
+            pairs[1][1](pairs[1][0](x)).sum().backward()
+    store.run()
+    for one, other in zip(*pairs, strict=True):
+        for p, q in zip(one.parameters(), other.parameters(), strict=True):
+            assert q.grad.dtype == torch.float32
+            close(q.grad, p.grad, torch.bfloat16)
 
 
 # --- the vocabulary ---------------------------------------------------------------------------------------------------
@@ -684,6 +798,48 @@ def ranks_that_disagree():
     tokens, targets = batch(config, seed=int(last))
     with pytest.raises(ValueError, match=rf"tokens on rank {n - 1} .* differ from those on rank 0"):
         made.loss(tokens, targets)
+
+
+@over(sequence_parallel=[False, True])
+def targets_that_do_not_count(sequence_parallel):
+    """The mean over all others, as F.cross_entropy takes it: also where a rank's part has none that count."""
+    config = CONFIGS["llama"]
+    model = model_of(config)
+    tokens, targets = batch(config)
+    made = shared_out(model, sequence_parallel=sequence_parallel)
+    targets[:, :5] = -100
+    targets[0, 6] = -100
+    loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+    loss.backward()
+    mine = made.loss(tokens, targets)
+    mine.backward()
+    close(mine, loss)
+    same_gradients(model, made)
+    every = [torch.empty_like(mine) for _ in range(made.size)]
+    dist.all_gather(every, mine.detach())
+    assert all(torch.equal(one, mine) for one in every)
+    assert made.loss(tokens, torch.full_like(targets, -100)).isnan()  # as F.cross_entropy
+    with pytest.raises(ValueError, match="targets must lie between 0 and vocab − 1"):
+        made.loss(tokens, targets - 1)
+
+
+@scenario
+def copies_of_a_model():
+    """With weights of their own, over the same group: as for an average of the weights."""
+    config = CONFIGS["gpt"]
+    made = shared_out(model_of(config))
+    tokens, targets = batch(config)
+    before = made.loss(tokens, targets).item()
+    other = copy.deepcopy(made)
+    assert other.ranks is made.ranks
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(0.5)
+    assert other.loss(tokens, targets).item() == before != made.loss(tokens, targets).item()
+    assert copy.deepcopy(made.blocks[0].mlp.up).ranks is made.ranks
+    alone = parallelize(model_of(config))  # with a communicator of its own
+    copy.deepcopy(alone).close()
+    alone.close()
 
 
 @scenario
