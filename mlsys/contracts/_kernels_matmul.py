@@ -20,6 +20,7 @@ from mlsys.contracts.core import Case, Contract, Inputs, Mismatch, Results, Wron
 
 SIGNATURE = "matmul(a (m, k), b (k, n)) -> (m, n)"
 BLOCK = 32  # of the wrong variants' tiles
+GROUP = 2  # rows of tiles that one of them takes together
 
 
 def case(m: int, n: int, k: int, *, dtype: str = "float32", special: str = "none") -> Case:
@@ -114,6 +115,8 @@ def _tiles(
     stale: bool = False,
     keep_sums: bool = False,
     skip_zeros: bool = False,
+    round_each: bool = False,
+    last_group_full: bool = False,
 ) -> Tensor:
     """A product in tiles in plain torch, with one knob for each mistake."""
     (m, k), n = a.shape, b.shape[1]
@@ -121,23 +124,39 @@ def _tiles(
     c = a.new_zeros(m, n)
     end = k // BLOCK * BLOCK if k_rounded_down else k
     total = a.new_zeros(BLOCK, BLOCK, dtype=wide)
-    for i in range(0, m // BLOCK * BLOCK if rows_rounded_down else m, BLOCK):
-        for j in range(0, n, BLOCK):
-            rows, columns = min(BLOCK, m - i), min(BLOCK, n - j)
-            if not keep_sums:
-                total = torch.zeros_like(total)
-            before: Tensor | None = None
-            for at in range(min(first, max(0, end - 1)), end, BLOCK):
-                left = F.pad(a[i : i + BLOCK, at : at + BLOCK], (0, max(0, at + BLOCK - k), 0, BLOCK - rows))
-                right = F.pad(b[at : at + BLOCK, j : j + BLOCK], (0, BLOCK - columns, 0, max(0, at + BLOCK - k)))
-                used = before if stale and before is not None else left
-                product = _product(used.to(wide), right.to(wide), skip_zeros, narrow)
+    for i, j in _places(m // BLOCK * BLOCK if rows_rounded_down else m, n, last_group_full):
+        rows, columns = min(BLOCK, m - i), min(BLOCK, n - j)
+        if not keep_sums:
+            total = torch.zeros_like(total)
+        before: Tensor | None = None
+        for at in range(min(first, max(0, end - 1)), end, BLOCK):
+            left = F.pad(a[i : i + BLOCK, at : at + BLOCK], (0, max(0, at + BLOCK - k), 0, BLOCK - rows))
+            right = F.pad(b[at : at + BLOCK, j : j + BLOCK], (0, BLOCK - columns, 0, max(0, at + BLOCK - k)))
+            used = before if stale and before is not None else left
+            product = _product(used.to(wide), right.to(wide), skip_zeros, narrow)
+            total = total + product
+            if round_each:
+                total = total.to(c.dtype).to(wide)
+            if last_twice and at + BLOCK >= end:
                 total = total + product
-                if last_twice and at + BLOCK >= end:
-                    total = total + product
-                before = left
-            c[i : i + BLOCK, j : j + BLOCK] = total[:rows, :columns].to(c.dtype)
+            before = left
+        c[i : i + BLOCK, j : j + BLOCK] = total[:rows, :columns].to(c.dtype)
     return c
+
+
+def _places(m: int, n: int, last_group_full: bool) -> list[tuple[int, int]]:
+    """Where the tiles of a result begin, in the order in which they are computed.
+
+    last_group_full: in groups of GROUP rows of tiles, as if the last of them had as many: some are beyond the result.
+    """
+    if not last_group_full:
+        return [(i, j) for i in range(0, m, BLOCK) for j in range(0, n, BLOCK)]
+    down, along = -(-m // BLOCK), -(-n // BLOCK)
+    found = []
+    for tile in range(down * along):
+        group, inside = divmod(tile, GROUP * along)
+        found.append(((group * GROUP + inside % GROUP) * BLOCK, inside // GROUP * BLOCK))
+    return [(i, j) for i, j in found if i < m]
 
 
 def _product(a: Tensor, b: Tensor, skip_zeros: bool, narrow: bool) -> Tensor:
@@ -177,6 +196,13 @@ def _spilling(a: Tensor, b: Tensor) -> Tensor:
     return c.view(m, n)
 
 
+def _wrapping(a: Tensor, b: Tensor) -> Tensor:
+    """Whole slices of k are added: what is beyond the edge is the first columns and rows again."""
+    k = a.shape[1]
+    lanes = torch.arange(-(-k // BLOCK) * BLOCK, device=a.device) % max(k, 1)
+    return _right(a[:, lanes], b[lanes])
+
+
 def _as_if_contiguous(a: Tensor, b: Tensor) -> Tensor:
     a, b = (x if x.is_contiguous() else x.T.contiguous().view(x.shape) for x in (a, b))
     return _right(a, b)
@@ -199,6 +225,21 @@ WRONG = {
         "the last slice of k is shorter than the others, but it counts: round the number of slices up, and load zeros "
         "beyond the edge",
         k_rounded_down=True,
+    ),
+    "k_tail_not_masked": Wrong(
+        _wrapping,
+        "lanes beyond the edge along k are added to every sum: load zeros there. Rows and columns beyond the edge may "
+        "hold anything, since they are not stored",
+    ),
+    "last_group_taken_as_full": _wrong(
+        "tiles are taken in groups of rows, and the last group may have fewer rows: divide by those it has, or tiles "
+        "beyond the result are computed in place of some of it",
+        last_group_full=True,
+    ),
+    "epilogue_in_the_loop": _wrong(
+        "the sum is complete behind the loop over k, not in it: round there and once, and add a bias and apply an "
+        "activation there, too",
+        round_each=True,
     ),
     "first_slice_forgotten": _wrong("the slices of k begin at 0: the first is not multiplied", first=BLOCK),
     "last_slice_twice": _wrong(

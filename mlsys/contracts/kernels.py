@@ -54,6 +54,7 @@ def _later(module: str, function: str) -> Callable[..., Any]:
 CONTRACTS: dict[str, Contract] = {
     "matmul": _kernels_matmul.contract("kernels.matmul", matmul.matmul),
     "matmul_cuda": _kernels_matmul.contract("kernels.matmul_cuda", matmul_cuda.matmul),
+    "matmul_triton": _kernels_matmul.contract("kernels.matmul_triton", _later("matmul_triton", "matmul")),
     "conv1d": _kernels_conv1d.contract("kernels.conv1d", conv1d.conv1d),
     "conv1d_cuda": _kernels_conv1d.contract("kernels.conv1d_cuda", conv1d_cuda.conv1d),
     "cross_entropy": _kernels_cross_entropy.contract("kernels.cross_entropy", cross_entropy.cross_entropy),

@@ -20,8 +20,9 @@ A family's module can be called by its own name. Its kernels lie beside it, one 
 `conv1d`     depthwise, causal: neighbours share what they load.
 `histogram`  atomics on global memory, and on a copy of each block's own.
 
-`softmax_triton` and `norm_triton` are the same in Triton, with gradients; so is `cross_entropy_triton`, beside
-`cross_entropy`, the loss of a language model without its logits. `mlsys tune` finds their fastest settings on a GPU.
+`matmul_triton`, `softmax_triton` and `norm_triton` are the same in Triton, with gradients; so is
+`cross_entropy_triton`, beside `cross_entropy`, the loss of a language model without its logits. `mlsys tune` finds
+their fastest settings on a GPU.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class Family:
         import torch
 
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-            return Chosen(torch_name, "a gradient may be asked for, and the kernels have none")
+            return Chosen(torch_name, "a gradient may be asked for, and not every kernel has one")
         gpu = torch.cuda.get_device_name(tensors[0].device)
         dtype = str(tensors[0].dtype).removeprefix("torch.")
         measured = list(_measured(self.name, gpu, dtype, folders or (Path("results"), CHECKOUT / "results")))
@@ -116,7 +116,7 @@ class _Measured:
 
 
 def _measured(family: str, gpu: str, dtype: str, folders: tuple[Path, ...]) -> Iterator[_Measured]:
-    """What saved records say of this family on this GPU. A case's "rung" names its kernel, the peer is torch."""
+    """What saved records say of this family on this GPU. A case's "rung" names its CUDA kernel, the peer is torch."""
     seen = set()
     for path in (p for folder in folders for p in sorted(folder.glob(f"*/kernels.{family}.jsonl"))):
         if path.resolve() in seen:
@@ -127,10 +127,19 @@ def _measured(family: str, gpu: str, dtype: str, folders: tuple[Path, ...]) -> I
             same = record["device"] == "cuda" and record["machine"].get("gpu") == gpu and case.get("dtype") == dtype
             if not same or record["status"] not in ("ok", "noisy") or not record["seconds"]:
                 continue
-            rung = case.get("rung")
-            variant = "torch" if record["impl"] == "torch" else rung if rung == "triton" else f"cuda.{rung}"
+            if case.get("epilogue", "none") != "none" or case.get("backward"):
+                continue  # more than the product, which the variants are compared by
+            variant = _variant(record["impl"], case.get("rung"))
             rest = " ".join(f"{k}={v}" for k, v in case.items() if k != "rung")
             yield _Measured(variant, record["seconds"], record["bytes"], rest)
+
+
+def _variant(impl: str, rung: str | None) -> str:
+    if impl == "torch":
+        return "torch"
+    if impl.startswith("triton "):
+        return impl.replace(" ", ".")
+    return rung if rung == "triton" else f"cuda.{rung}"
 
 
 class CallableModule(ModuleType):

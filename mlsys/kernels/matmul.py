@@ -41,7 +41,8 @@ Papers:
     memory alone).
 
 See also:
-    `mlsys.kernels.matmul_cuda` (the ladder), `mlsys.kernels.cuda` (how to run, check and count a kernel),
+    `mlsys.kernels.matmul_cuda` (the ladder), `mlsys.kernels.matmul_triton` (in Triton, with an epilogue and
+    gradients), `mlsys.kernels.cuda` (how to run, check and count a kernel),
     `mlsys.perf.roofline` (what bytes per FLOP are good for).
 """
 
@@ -70,6 +71,11 @@ RUNGS = {
     "mma": "tensor cores by their own instructions, fed by asynchronous copies",
     "hopper": "TMA, wgmma, specialised warps, a persistent grid",
 }
+TRITON = {
+    "tiled": "in Triton: a program a tile, in an order that suits the second-level cache",
+    "persistent": "a program a multiprocessor, which walks along the tiles",
+    "descriptor": "the same walk, and tiles that are copied by TMA",
+}
 
 
 def matmul(a: Tensor, b: Tensor, *, variant: str = "auto") -> Tensor:
@@ -77,7 +83,8 @@ def matmul(a: Tensor, b: Tensor, *, variant: str = "auto") -> Tensor:
 
     variant: "auto", or one of `list_variants("matmul")`; `chosen(a, b)` says which "auto" takes. The CUDA kernels run
     on the processor if that is where the tensors are; they take float32 (those up to "cuda.warp_tiled") or bfloat16
-    (the rest), sum in float32, and have no gradient. Tensors that are not contiguous are copied for them.
+    (the rest), sum in float32, and have no gradient. Tensors that are not contiguous are copied for them. The Triton
+    kernels take all but float64, and any strides but for "triton.descriptor", and have a gradient.
     With k = 0 the result is zeros. NaN and infinity pass through, as in the formula: 0 · NaN is NaN.
     TypeError or ValueError naming the argument if shapes, dtypes or devices do not fit, or the variant cannot do it.
     """
@@ -179,12 +186,27 @@ def _cuda(rung: str, idea: str) -> Variant:
     return Variant(f"cuda.{rung}", idea, run, refuse)
 
 
+def _triton(variant: str, idea: str) -> Variant:
+    def run(a: Tensor, b: Tensor) -> Tensor:
+        from mlsys.kernels import matmul_triton
+
+        return matmul_triton.matmul(a, b, variant=variant)
+
+    def refuse(a: Tensor, b: Tensor) -> str | None:
+        from mlsys.kernels import matmul_triton
+
+        return matmul_triton.refuse(a, b, variant=variant)
+
+    return Variant(f"triton.{variant}", idea, run, refuse)
+
+
 FAMILY = Family(
     "matmul",
     (
         Variant("torch", "the library's: cuBLAS on a GPU, MKL or OpenBLAS on a CPU", torch.matmul),
         Variant("tiled", "the readable one, in torch", tiled),
         *(_cuda(rung, idea) for rung, idea in RUNGS.items()),
+        *(_triton(variant, idea) for variant, idea in TRITON.items()),
     ),
 )
 sys.modules[__name__].__class__ = CallableModule

@@ -248,7 +248,8 @@ def test_traffic_counts_loads_and_stores_of_the_loops():
 
 
 def test_variants_are_those_of_the_ladder_in_its_order():
-    assert list_variants("matmul") == ["torch", "tiled", *(f"cuda.{rung}" for rung in RUNGS)]
+    in_triton = [f"triton.{name}" for name in ("tiled", "persistent", "descriptor")]
+    assert list_variants("matmul") == ["torch", "tiled", *(f"cuda.{rung}" for rung in RUNGS), *in_triton]
     assert all(variant.idea for variant in FAMILY.variants)
 
 
