@@ -10,6 +10,10 @@ have it: int8 weights, and int8 weights and activations, eager, and at M = 1 com
 (of large matrices only: compiling takes longer than a quick run).
 All are checked against Ŵ in float64: those in bfloat16, or with x rounded, to what their roundings allow.
 
+On a GPU the cases are others, with x in bfloat16: "qlinear" is Triton's kernels there, and "triton, tiles only" those
+without the one for few rows of x. The peers are a product in bfloat16, and torchao: int8 weights, int4 weights in
+groups of 128, int8 weights and activations, each compiled. Triton's kernels are not timed on a processor.
+
 What to look at: at M = 1 the time follows the bytes, so that int4 could be 32 / 4.3 times as fast as float32; decoding
 takes its share. From M = 16 on the multiply-adds, the same in all formats, take the time, and the advantage is small,
 but for integer activations: their products are a fourth of the work.
@@ -37,6 +41,19 @@ ROUNDED = 3e-2  # an error relative to the largest result
 
 def case(m: int, scheme: str, n: int = 4096, k: int = 4096) -> Case:
     return {"m": m, "n": n, "k": k, "scheme": scheme}
+
+
+def gpu_case(m: int, scheme: str, n: int = 4096, k: int = 4096) -> Case:
+    """Its x is bfloat16."""
+    return {**case(m, scheme, n, k), "dtype": "bfloat16"}
+
+
+def on_gpu(case: Case) -> bool:
+    return "dtype" in case
+
+
+def on_cpu(case: Case) -> bool:
+    return not on_gpu(case)
 
 
 @dataclass(frozen=True)
@@ -85,14 +102,37 @@ class Maker:
         return self.layers(given)
 
 
-def ours(path: Any = "auto", activations: Any = None, dtype: torch.dtype = torch.float32) -> Maker:
+def dtype_of(case: Case) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, case.get("dtype", "float32"))
+    return dtype
+
+
+def ours(path: Any = "auto", activations: Any = None, dtype: torch.dtype | None = None) -> Maker:
     def made(given: Inputs) -> Sequence[Callable[[], Tensor]]:
-        x = given.x.to(dtype)
+        x = given.x.to(dtype or dtype_of(given.case))
 
         def layer(w: PreparedWeight) -> Callable[[], Tensor]:
             return lambda: qlinear(x, w, path=path, activations=activations)
 
         return [layer(prepare(qw, path)) for qw in given.qw]
+
+    return Maker(made)
+
+
+def tiles_only() -> Maker:
+    """The Triton kernel for many rows, at few: with the first of its settings, which are not tuned."""
+
+    def made(given: Inputs) -> Sequence[Callable[[], Tensor]]:
+        from mlsys.quant import qlinear_triton
+
+        x = given.x.to(dtype_of(given.case))
+        found = qlinear_triton.configs(len(x), given.qw[0], x.dtype)
+        tiles = next(one for one in found if "BLOCK_M" in dict(one.constants))
+
+        def layer(w: PreparedWeight) -> Callable[[], Tensor]:
+            return lambda: qlinear_triton.qlinear(x, w, config=tiles)
+
+        return [layer(prepare(qw, "triton")) for qw in given.qw]
 
     return Maker(made)
 
@@ -109,17 +149,19 @@ def matmul(dtype: torch.dtype) -> Maker:
     return Maker(made)
 
 
-def torchao(activations: bool, compiled: bool = False) -> Maker:
+def torchao(activations: bool, compiled: bool = False, bits: int = 8) -> Maker:
     def made(given: Inputs) -> Sequence[Callable[[], Tensor]]:
         from torchao import quantization
 
         config: Any = (
             quantization.Int8DynamicActivationInt8WeightConfig() if activations else quantization.Int8WeightOnlyConfig()
         )
-        dtype = torch.float32 if activations else torch.bfloat16
+        if bits == 4:  # in the order of its kernel for a GPU
+            config = quantization.Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d")
+        dtype = torch.float32 if activations and on_cpu(given.case) else torch.bfloat16
         x, layers = given.x.to(dtype), []
         for _ in range(min(3, given.layers)):
-            linear = torch.nn.Linear(given.case["k"], given.case["n"], bias=False, dtype=dtype)
+            linear = torch.nn.Linear(given.case["k"], given.case["n"], bias=False, dtype=dtype, device=given.x.device)
             linear.weight = torch.nn.Parameter(given.w.to(dtype))
             quantization.quantize_(linear, config)
             layers.append(torch.compile(linear) if compiled else linear)
@@ -176,7 +218,7 @@ def figures(case: Case, given: Inputs, got: Tensor) -> dict[str, float]:
 
 
 def is_int8(case: Case) -> bool:
-    return case["scheme"] == "int8"
+    return case["scheme"] == "int8" and on_cpu(case)
 
 
 def is_integer(case: Case) -> bool:
@@ -194,7 +236,15 @@ def compiles(case: Case) -> bool:
 
 def packs(case: Case) -> bool:
     scheme = Scheme.parse(case["scheme"])
-    return scheme.format == "int4" and scheme.group in (32, 64, 128, 256) and case["n"] % 16 == 0
+    return on_cpu(case) and scheme.format == "int4" and scheme.group in (32, 64, 128, 256) and case["n"] % 16 == 0
+
+
+def gpu_int8(case: Case) -> bool:
+    return on_gpu(case) and case["scheme"] == "int8"
+
+
+def gpu_int4(case: Case) -> bool:
+    return on_gpu(case) and case["scheme"] == "int4:g128"
 
 
 # --- the picture ------------------------------------------------------------------------------------------------------
@@ -243,13 +293,27 @@ def picture(records: Sequence[Record]) -> str | None:
 bench = Benchmark(
     __file__,
     cases={
-        "quick": [case(1, "int4:g128", 512, 768), case(1, "int8", 512, 768), case(16, "int4:g128", 512, 768)],
+        "quick": [
+            case(1, "int4:g128", 512, 768),
+            case(1, "int8", 512, 768),
+            case(16, "int4:g128", 512, 768),
+            *(gpu_case(m, scheme) for scheme in ("int4:g128", "int8") for m in (1, 512)),
+        ],
         "default": [
+            *(gpu_case(m, scheme) for m in (1, 4, 16, 64, 512, 4096) for scheme in ("int8", "int4:g128")),
+            *(gpu_case(m, scheme, 14336, 4096) for m in (1, 16) for scheme in ("int8", "int4:g128")),
             *(case(m, scheme) for m in (1, 4, 16, 64, 512) for scheme in ("int8", "int4:g128")),
             *(case(m, scheme) for m in (1, 16) for scheme in FORMATS[2:]),
             *(case(m, scheme, 11008, 4096) for m in (1, 512) for scheme in ("int8", "int4:g128")),
         ],
         "full": [
+            *(gpu_case(m, scheme) for m in (1, 2, 4, 8, 16, 32, 64, 512, 4096) for scheme in ("int8", "int4:g128")),
+            *(
+                gpu_case(m, scheme, n, k)
+                for n, k in ((14336, 4096), (4096, 14336))
+                for m in (1, 16, 512)
+                for scheme in ("int8", "int4:g128")
+            ),
             *(case(m, scheme) for m in (1, 2, 4, 8, 16, 64, 512) for scheme in FORMATS),
             *(case(m, scheme, n, k) for n, k in ((11008, 4096), (4096, 11008)) for m in (1, 512) for scheme in FORMATS),
         ],
@@ -260,22 +324,31 @@ bench = Benchmark(
         "fp32 matmul": Impl(lambda: matmul(torch.float32), "reference"),
         "qlinear": Impl(lambda: ours(), "ours"),
         "qlinear, x in int8": Impl(lambda: ours(activations="int8"), "ours", only=is_integer),
+        "triton, tiles only": Impl(tiles_only, "variant", "triton", only=lambda case: on_gpu(case) and case["m"] <= 8),
         "dequantize": Impl(lambda: ours("dequantize"), "variant"),
-        "int_mm": Impl(lambda: ours("int_mm", "int8"), "variant", only=is_int8),
+        "int_mm": Impl(
+            lambda: ours("int_mm", "int8"),
+            "variant",
+            only=lambda case: is_int8(case) or (gpu_int8(case) and case["m"] > 16),
+        ),
         "int8pack": Impl(lambda: ours("int8pack", dtype=torch.bfloat16), "peer", only=is_int8),
         "int4pack": Impl(lambda: ours("int4pack", dtype=torch.bfloat16), "peer", only=packs),
         "bf16 matmul": Impl(lambda: matmul(torch.bfloat16), "peer"),
         "torchao int8 weights": Impl(lambda: torchao(False), "peer", "torchao", only=large_int8),
         "torchao int8, x in int8": Impl(lambda: torchao(True), "peer", "torchao", only=large_int8),
-        "torchao int8 weights, compiled": Impl(lambda: torchao(False, True), "peer", "torchao", only=compiles),
+        "torchao int8 weights, compiled": Impl(
+            lambda: torchao(False, True), "peer", "torchao", only=lambda case: compiles(case) or gpu_int8(case)
+        ),
+        "torchao int4 weights, compiled": Impl(lambda: torchao(False, True, 4), "peer", "torchao", only=gpu_int4),
+        "torchao int8, x in int8, compiled": Impl(lambda: torchao(True, True), "peer", "torchao", only=gpu_int8),
     },
     subject="qlinear",
     prepare=prepare_call,
     verify=verify,
     figures=figures,
-    yours=is_integer,
+    yours=lambda case: on_cpu(case) and is_integer(case),
     contract="quant.qlinear",
-    fits=lambda case, device: device == "cpu",
+    fits=lambda case, device: on_gpu(case) == (device != "cpu"),
     plots=[
         Plot(
             x="m",

@@ -175,11 +175,19 @@ def reference(
     bits: int,
     group: int,
     activations: Any,
+    multiply: Callable[..., Tensor] = qlinear,
 ) -> Tensor:
-    """`mlsys.quant.qlinear.qlinear` of the record that these tensors make."""
+    """`mlsys.quant.qlinear.qlinear`, or another with its arguments, of the record that these tensors make."""
     scheme = Scheme(f"int{bits}", group, affine=zero is not None)
     weight = QuantizedTensor(codes, scale, zero, (len(codes), x.shape[1]), scheme)
-    return qlinear(x, weight, bias, activations=activations)
+    return multiply(x, weight, bias, activations=activations)
+
+
+def by_triton(*args: Any, **options: Any) -> Tensor:
+    """`mlsys.quant.qlinear_triton.qlinear`, imported when it is first called: Triton is not everywhere."""
+    from mlsys.quant import qlinear_triton
+
+    return qlinear_triton.qlinear(*args, **options)
 
 
 # --- wrong variants ---------------------------------------------------------------------------------------------------
@@ -189,6 +197,7 @@ def _dequantized(
     codes: Tensor, scale: Tensor, zero: Tensor | None, k: int, bits: int, group: int,
     *, halves_swapped: bool = False, unsigned: bool = False, no_zero: bool = False, zero_after: bool = False,
     next_group: bool = False, whole_groups: bool = False, one_scale: bool = False, transposed: bool = False,
+    boundary_off: bool = False,
 ) -> Tensor:  # fmt: skip
     """Ŵ (N, K), float32."""
     wide = codes.int()
@@ -198,6 +207,8 @@ def _dequantized(
     which = torch.arange(k, device=codes.device) // group
     if next_group:
         which = (which + 1) % scale.shape[1]
+    if boundary_off:
+        which = torch.clamp((torch.arange(k, device=codes.device) + 1) // group, max=scale.shape[1] - 1)
     if one_scale:
         which = torch.zeros_like(which)
     if zero is None and not unsigned:
@@ -229,6 +240,8 @@ def _plain(
     sums: str = "float32",
     bias_scaled: bool = False,
     no_bias: bool = False,
+    scaled_early: bool = False,
+    tail_read: bool = False,
     **weight: bool,
 ) -> Tensor:
     """The product in plain torch, with one knob for each mistake."""
@@ -247,6 +260,15 @@ def _plain(
         y = torch.zeros(len(x), len(w), device=x.device)
         for i in range(0, k, 8):  # eight products at a time, and the sum is rounded
             y = (y + wide[:, i : i + 8] @ w[:, i : i + 8].T).bfloat16().float()
+    elif scaled_early and activations and bool((scale != 0).all()):
+        which = torch.arange(k, device=x.device) // group
+        integers = w / scale[:, which]
+        y = torch.zeros(len(x), len(w), device=x.device)
+        for i in range(0, k, 32):  # what is in the sum already is scaled again
+            y = (y + wide[:, i : i + 32] @ integers[:, i : i + 32].T) * scale[:, i // group]
+    elif tail_read and k % 16 and x.numel():
+        tail = -k % 16  # of a row; in memory the next one lies there
+        y = torch.cat((wide, wide.roll(-1, 0)[:, :tail]), 1) @ torch.cat((w, w.roll(-1, 0)[:, :tail]), 1).T
     else:
         y = wide @ w.T
     if bias is not None and bias_scaled:
@@ -267,6 +289,12 @@ WRONG = {
     "no_zero": _wrong("take the zero point off each code: (c − z) · s", no_zero=True),
     "zero_after": _wrong("the zero point counts in codes: take it off before scaling, (c − z) · s", zero_after=True),
     "next_group": _wrong("column k has the scale and zero point k // group of its row", next_group=True),
+    "boundary_off": _wrong("column k is in group k // group: the first of a group is in it already", boundary_off=True),
+    "tail_read": _wrong("mask the columns from K on: in memory the next row lies there", tail_read=True),
+    "scaled_early": _wrong(
+        "scale a group's sum of integers once, when it is complete: each time before, all of it is scaled again",
+        scaled_early=True,
+    ),
     "one_scale": _wrong("each group has a scale of its own, not that of the row's first", one_scale=True),
     "short_group_dropped": _wrong(
         "the last group may be shorter: ⌈K / group⌉ groups, not K // group", whole_groups=True
@@ -282,6 +310,8 @@ WRONG = {
 }
 
 
-def contract(name: str) -> Contract:
-    """The contract under this name, which `mlsys.contracts.quant` gives it."""
-    return Contract(name, SIGNATURE, reference, CASES, inputs, call, oracle, tolerance, WRONG)
+def contract(name: str, multiply: Callable[..., Tensor] = qlinear) -> Contract:
+    """The contract under this name, which `mlsys.contracts.quant` gives it, of `multiply`."""
+    return Contract(
+        name, SIGNATURE, partial(reference, multiply=multiply), CASES, inputs, call, oracle, tolerance, WRONG
+    )

@@ -32,6 +32,7 @@ CONTRACTS: dict[str, Contract] = {
     "packing": _quant_packing.contract("quant.packing", packing.pack, packing.unpack),
     "qat": _quant_qat.contract("quant.qat"),
     "qlinear": _quant_qlinear.contract("quant.qlinear"),
+    "qlinear_triton": _quant_qlinear.contract("quant.qlinear_triton", _quant_qlinear.by_triton),
     "rtn": _quant_rtn.contract("quant.rtn", rtn.quantize),
     "smoothquant": _quant_smoothquant.contract("quant.smoothquant"),
 }

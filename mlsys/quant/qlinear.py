@@ -29,6 +29,7 @@ machine at hand; `explain` says which, why, and why not another:
     dequantize   some rows of Ŵ at a time, written out where a cache holds them, and torch's matrix product. Many rows.
     int_mm       `torch._int_mm`: both integers, one scale a row of W.
     int8pack, int4pack   torch's kernels for bfloat16 x; with float32 they are scalar, and take seconds.
+    triton       on a GPU: codes are decoded in registers there, too (`mlsys.quant.qlinear_triton`).
     reference    plain torch: dequantize all, multiply. Has a gradient in x.
 
 At one row of x the fewer bytes win, and int4 is the fastest, though not by as much as it is smaller: decoding has its
@@ -56,12 +57,14 @@ Papers:
     Williams, Waterman & Patterson 2009, "Roofline" (why M decides).
 
 See also:
-    `mlsys.quant.rtn` (where the codes come from), `mlsys.perf.roofline` (bytes or operations), `mlsys.quant.packing`.
+    `mlsys.quant.rtn` (where the codes come from), `mlsys.perf.roofline` (bytes or operations), `mlsys.quant.packing`,
+    `mlsys.quant.qlinear_triton` (the kernels for a GPU).
 """
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,8 +78,8 @@ from mlsys.quant import _native
 from mlsys.quant._tensor import QuantizedTensor, apply_grid
 from mlsys.quant.packing import unpack
 
-Path = Literal["auto", "reference", "native", "dequantize", "int_mm", "int8pack", "int4pack"]
-PATHS = ("native", "int_mm", "int8pack", "int4pack", "dequantize", "reference")
+Path = Literal["auto", "reference", "native", "triton", "dequantize", "int_mm", "int8pack", "int4pack"]
+PATHS = ("native", "triton", "int_mm", "int8pack", "int4pack", "dequantize", "reference")
 NATIVE_ROWS = 16  # of float x; with more, torch's product of dequantized weights is faster
 INT_MM_ROWS = 16  # of integer x; with more, torch's product of integers is faster, where the format has one
 INT_MM_COLUMNS = 1 << 17  # products of 127 · 127 whose sum fits into 32 bits
@@ -128,6 +131,7 @@ class _Call:
 
     x: Tensor
     w: PreparedWeight
+    bias: Tensor | None
     integers: bool
 
     @property
@@ -172,6 +176,8 @@ def _prepared(qw: QuantizedTensor | PreparedWeight, path: Path = "auto") -> Prep
         packed = _pack_int4(qw)
     if path == "native" and missing:
         raise ValueError(f'path="native": {missing}')
+    if path == "triton" and (why_not := triton_format(qw)):
+        raise ValueError(f'path="triton": {why_not}')
     return PreparedWeight(qw, native, missing, packed, _versions(qw))
 
 
@@ -200,15 +206,37 @@ def qlinear(
     """
     call, rows = _checked(x, qw, bias, path, activations)
     name = _chosen(call, path)
+    return _done(call, rows, RUN[name], biased=name == "triton")
+
+
+def with_kernels(
+    product: Callable[[Tensor, QuantizedTensor, Tensor | None, bool], Tensor],
+    x: Tensor,
+    qw: QuantizedTensor | PreparedWeight,
+    bias: Tensor | None,
+    activations: Literal["int8"] | None,
+) -> Tensor:
+    """`qlinear` with path="triton", where `product` is what launches the kernels: of x (M, K), qw, bias, "int8" or not.
+
+    For `mlsys.quant.qlinear_triton`, which has the settings of a launch as an option more.
+    """
+    call, rows = _checked(x, qw, bias, "triton", activations)
+    _chosen(call, "triton")
+    return _done(call, rows, lambda call: product(call.x, call.qw, call.bias, call.integers), biased=True)
+
+
+def _done(call: _Call, rows: tuple[int, ...], run: Callable[[_Call], Tensor], *, biased: bool) -> Tensor:
+    """The product, unless there is nothing to multiply, with the bias, which `run` has added if `biased`."""
     n, k = call.qw.shape
-    if not (call.m and n and k):
-        y = x.new_zeros(call.m, n)
+    bias = call.bias
+    if call.m and n and k:
+        y, bias = run(call), None if biased else bias
     else:
-        y = RUN[name](call)
+        y = call.x.new_zeros(call.m, n)
     y = y.reshape(*rows, n)
     if bias is not None:
         y = y + (bias.to(y.dtype) if y.dtype.itemsize > bias.dtype.itemsize else bias)
-    return y.to(x.dtype)
+    return y.to(call.x.dtype)
 
 
 def explain(
@@ -307,6 +335,12 @@ def _some_rows(qw: QuantizedTensor, first: int, last: int) -> Tensor:
     )
 
 
+def _triton(call: _Call) -> Tensor:
+    from mlsys.quant import qlinear_triton  # Triton is not everywhere, and is imported where it is used
+
+    return qlinear_triton.product(call.x, call.qw, call.bias, call.integers)
+
+
 def _int_mm(call: _Call) -> Tensor:
     codes, t = round_rows(call.x)
     scale = call.qw.scales()
@@ -371,6 +405,28 @@ def _dequantize_refuses(call: _Call) -> str | None:
     return "it has no gradient, and x needs one" if _needs_gradient(call) else None
 
 
+def triton_format(qw: QuantizedTensor) -> str | None:
+    """Why the kernels of `mlsys.quant.qlinear_triton` do not read this weight, or None if they do."""
+    scheme = qw.scheme
+    if scheme.format not in ("int4", "int8"):
+        return f"its kernels read codes of int4 and int8, not of {scheme}: quantize to one of them"
+    if scheme.scales == "dq":
+        return f'the scales of {scheme} are codes themselves: keep them in fp16, or take path="dequantize"'
+    return None
+
+
+def _triton_refuses(call: _Call) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if why := triton_format(call.qw):
+        return why
+    if call.x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"x must be float32, bfloat16 or float16, and is {str(call.x.dtype).removeprefix('torch.')}"
+    if call.integers and call.qw.scheme.group_size(call.qw.columns) > INT_MM_COLUMNS:
+        return f"sums of {call.qw.scheme.group_size(call.qw.columns)} products do not fit into its 32 bits"
+    return "it has no gradient, and x needs one" if _needs_gradient(call) else None
+
+
 def _int_mm_refuses(call: _Call) -> str | None:
     scheme = call.qw.scheme
     if not call.integers:
@@ -418,6 +474,7 @@ def _torch_refuses(call: _Call) -> str | None:
 
 RUN: dict[str, Callable[[_Call], Tensor]] = {
     "native": _native_path,
+    "triton": _triton,
     "int_mm": _int_mm,
     "int8pack": _int8pack,
     "int4pack": _int4pack,
@@ -426,6 +483,7 @@ RUN: dict[str, Callable[[_Call], Tensor]] = {
 }
 REFUSE: dict[str, Callable[[_Call], str | None]] = {
     "native": _native_refuses,
+    "triton": _triton_refuses,
     "int_mm": _int_mm_refuses,
     "int8pack": _int8pack_refuses,
     "int4pack": _int4pack_refuses,
@@ -442,12 +500,18 @@ def _chosen(call: _Call, path: Path) -> str:
     if path != "auto":
         if why := REFUSE[path](call):
             raise ValueError(f'path="{path}": {why}')
+        if path == "triton":
+            from mlsys.kernels._triton import on_device
+
+            on_device("mlsys.quant.qlinear", x=call.x, qw=call.qw.codes)
         return path
     return next(name for name in _order(call) if REFUSE[name](call) is None)
 
 
 def _order(call: _Call) -> tuple[str, ...]:
-    """Paths from the fastest on, as measured (see docs/quant/qlinear.md)."""
+    """Paths from the fastest on, as measured (see docs/quant/qlinear.md); on a GPU, not measured: the fewest bytes."""
+    if call.x.device.type == "cuda":
+        return ("triton", "int_mm", "reference") if call.integers else ("triton", "dequantize", "reference")
     if call.integers:
         # Without VNNI our loops are plain, and torch's product of many rows is not
         plain = call.w.native is None or not _native.vectorised(call.w.native, True)
@@ -467,6 +531,7 @@ def _how(name: str, call: _Call) -> str:
     bits = f"{qw.nbytes / 1e6:.3g} MB for {qw.rows * qw.columns * 4 / 1e6:.3g} of float32"
     if name != "native":
         return {
+            "triton": f"codes are decoded in registers, by kernels in Triton: reads {bits}",
             "int_mm": "integers times integers by torch, then a scale for each row of x and of W",
             "int8pack": f"torch decodes as it multiplies, scales rounded to bfloat16: reads {bits}",
             "int4pack": f"torch decodes as it multiplies, scales rounded to bfloat16: reads {bits}",
@@ -492,6 +557,10 @@ def _slower(other: str, name: str, call: _Call) -> str:
     """Why a path that could be taken is not."""
     if other == "reference":
         return "it is plain torch, to compare with"
+    if other == "triton":
+        return f"x is on {call.x.device}, where its kernels run under Triton's interpreter, and if asked for by name"
+    if name == "triton":
+        return "it moves more bytes, or launches more kernels; not yet measured on a GPU"
     if other == "dequantize":
         return f"it writes out W before it multiplies, which up to {NATIVE_ROWS} rows of x takes longer"
     if other == "native" and name == "dequantize":
@@ -538,7 +607,7 @@ def _checked(
         )
     prepared = qw if isinstance(qw, PreparedWeight) else _prepared(qw)
     return _Call(
-        x.reshape(-1, k) if x.numel() else x.reshape(x.shape[:-1].numel(), k), prepared, bool(activations)
+        x.reshape(-1, k) if x.numel() else x.reshape(x.shape[:-1].numel(), k), prepared, bias, bool(activations)
     ), tuple(x.shape[:-1])
 
 
