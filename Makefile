@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup bench test lint types docs claims wheel clean
+.PHONY: help setup bench gpu test lint types docs claims wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -24,6 +24,9 @@ $(READY): pyproject.toml
 
 bench: $(READY)  ## run the benchmarks in their quick size; writes report/index.html
 	@$(BIN)/mlsys bench --quick --report report
+
+gpu: $(READY)  ## check, time and draw the Triton kernels on a GPU, in 8 minutes
+	@$(BIN)/python benchmarks/gpu.py --results results --report report
 
 test: $(READY) lint types  ## everything that must hold: tests, lint, types, layout
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile

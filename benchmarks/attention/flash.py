@@ -6,13 +6,13 @@ converts more than it multiplies, and two large matmuls a tile beat it.
 
 On a GPU (`--device cuda`), sizes are those of the papers' pictures: 16,384 tokens, 2,048 numbers each. There,
 `flash` is a launch for each of its lines, and `flash triton` one for all of them. The peers are torch's backends,
-one by one.
+one by one, and its flex_attention, which torch.compile makes a Triton kernel of.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -66,7 +66,8 @@ def work(case: Case, qkv: list[Tensor]) -> Work:
     heads, head_dim = heads * case.get("batch", 1), case.get("head_dim", HEAD_DIM)
     flops = 4 * heads * n * n * head_dim * (0.5 if case["causal"] else 1.0) * (3.5 if case["backward"] else 1.0)
     tensors = 4 if not case["backward"] else 11  # q k v o; then q k v o dO read again, dq dk dv written, lse aside
-    return Work(flops=flops, bytes=tensors * qkv[0].numel() * qkv[0].element_size())
+    moved = tensors * qkv[0].numel() * qkv[0].element_size()
+    return Work(flops=flops, bytes=moved, items=flops, unit="FLOP") if on_gpu(case) else Work(flops=flops, bytes=moved)
 
 
 def prepare(function: Callable[..., Tensor], case: Case, qkv: list[Tensor]) -> Callable[[], list[Tensor]]:
@@ -111,6 +112,24 @@ def sdpa_by(backend: str) -> Callable[..., Tensor]:
     return attention
 
 
+def flex() -> Callable[..., Tensor]:
+    """flex_attention, compiled for the very case: after some recompilations torch would go on without."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch.compiler.reset()
+    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+
+    @cache
+    def visible(n: int, device: torch.device) -> Any:
+        return create_block_mask(lambda b, h, i, j: i >= j, None, None, n, n, device=str(device))
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+        out: Tensor = compiled(q, k, v, block_mask=visible(q.shape[2], q.device) if causal else None)
+        return out
+
+    return attention
+
+
 def tiles_picture(records: Sequence[Record]) -> str | None:
     """The tiles that the forward pass visits under each mask, counted by the walk itself; it needs no record."""
     from matplotlib.patches import Rectangle
@@ -144,6 +163,13 @@ def tiles_picture(records: Sequence[Record]) -> str | None:
 
 
 DTYPES = ("float32", "bfloat16")
+QUICK_ON_GPU = [
+    gpu_case(n, head_dim, causal=causal, backward=backward)
+    for n, head_dim, causal in (
+        (4096, 128, True), (4096, 64, True), (8192, 128, True), (1024, 128, True), (4096, 128, False),
+    )
+    for backward in (False, True)
+]  # fmt: skip
 ON_GPU = [
     gpu_case(n, head_dim, causal=causal, backward=backward)
     for backward in (False, True)
@@ -158,7 +184,7 @@ bench = Benchmark(
             *(case(n, dtype, causal=True) for dtype in DTYPES for n in (512, 1024, 2048, 4096)),
             *(case(2048, dtype, causal=False) for dtype in DTYPES),
             case(1024, "float32", causal=True, backward=True),
-            *(gpu_case(4096, 128, causal=True, backward=backward) for backward in (False, True)),
+            *QUICK_ON_GPU,
         ],
         "default": [
             *(
@@ -198,6 +224,7 @@ bench = Benchmark(
                 ("efficient", "EFFICIENT_ATTENTION"),
             )
         },
+        "torch.compile, flex": Impl(flex, "peer", only=on_gpu),
     },
     subject="flash numba",
     prepare=prepare,
@@ -224,7 +251,7 @@ bench = Benchmark(
             x="n",
             xlabel="sequence length n",
             panel=("head_dim", "causal", "backward"),
-            per="batch",
+            y="throughput",
             only=on_gpu,
         ),
     ),

@@ -2,13 +2,15 @@
 
 Loss and both gradients, of hidden states and of a head's weight. The reference is the head in two operations,
 a product and torch's cross-entropy in float32, which keeps all logits several times; ours takes them by chunks of rows
-and computes the gradients in the forward pass. Both spend the same FLOPs. On a GPU the Triton kernel takes part too.
+and computes the gradients in the forward pass. Both spend the same FLOPs. On a GPU the Triton kernel takes part too,
+and as its peers torch.compile of the reference, torch's own product and loss by chunks, where it has one, and Liger's.
 
 What to look at: peak memory, against the number of words. Ours holds weight's gradient, in float32, and little else.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -83,17 +85,42 @@ def by_triton() -> Callable[..., Tensor]:
     return cross_entropy_triton.cross_entropy
 
 
-def fits(case: Case, device: str) -> bool:
+def by_inductor() -> Callable[..., Tensor]:
+    torch.compiler.reset()  # each case anew: after some recompilations torch would go on without compiling
+    compiled: Callable[..., Tensor] = torch.compile(whole, fullgraph=True, dynamic=False)
+    return compiled
+
+
+def by_torch_chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Of torch 2.13 and later."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    loss: Tensor = F.linear_cross_entropy(hidden, weight, targets, options=options)
+    return loss
+
+
+def by_liger() -> Callable[..., Tensor]:
+    """The kernel of the liger-kernel package, and its loop over chunks."""
+    liger = importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy")
+
+    def function(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        loss: Tensor = liger.LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, targets)[0]
+        return loss
+
+    return function
+
+
+def on_gpu(case: Case) -> bool:
     """A processor takes the small cases, a GPU those of a language model."""
-    return (case["rows"] * case["vocabulary"] * case["width"] <= 64 * ON_PROCESSOR) == (device == "cpu")
+    return bool(case["rows"] * case["vocabulary"] * case["width"] > 64 * ON_PROCESSOR)
 
 
+NEWER = hasattr(F, "linear_cross_entropy")
 SMALL = [case(256, vocabulary, 256) for vocabulary in (4096, 16384, 65536)]
 LARGE = [case(8192, vocabulary, 4096, "bfloat16") for vocabulary in (32768, 131072)]
 bench = Benchmark(
     __file__,
     cases={
-        "quick": [case(256, 4096, 256), case(256, 16384, 256), LARGE[0]],
+        "quick": [case(256, 4096, 256), case(256, 16384, 256), *LARGE[::-1]],
         "default": [*SMALL, *LARGE],
         "full": [*SMALL, case(1024, 32768, 256), case(256, 16384, 256, "bfloat16"), *LARGE],
     },
@@ -103,15 +130,21 @@ bench = Benchmark(
         "torch": Impl(lambda: whole, "reference"),
         "chunked": Impl(lambda: cross_entropy.cross_entropy, "ours"),
         "chunked, narrow sum": Impl(lambda: narrow, "variant", only=lambda case: case["dtype"] != "float32"),
-    }
-    | ({"triton": Impl(by_triton, "variant")} if torch.cuda.is_available() else {}),
+        "triton": Impl(by_triton, "ours", needs="triton", only=on_gpu),
+        "torch.compile": Impl(by_inductor, "peer", only=on_gpu),
+        **({"torch, by chunks": Impl(lambda: by_torch_chunks, "peer", only=on_gpu)} if NEWER else {}),
+        "liger": Impl(by_liger, "peer", needs="liger_kernel", only=on_gpu, install="liger-kernel"),
+    },
     subject="chunked",
     prepare=prepare,
     verify=verify,
-    fits=fits,
+    fits=lambda case, device: on_gpu(case) == (device == "cuda"),
     contract="kernels.cross_entropy",
     memory=True,
-    plots=[Plot(x="vocabulary", xlabel="words", y="memory", only=lambda case: case["rows"] in (256, 8192))],
+    plots=[
+        Plot(x="vocabulary", xlabel="words", y="memory", only=lambda case: case["rows"] in (256, 8192)),
+        Plot(x="vocabulary", xlabel="words", y="throughput", only=on_gpu),
+    ],
 )
 
 if __name__ == "__main__":

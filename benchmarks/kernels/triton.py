@@ -3,7 +3,7 @@
 Where there is no GPU nothing is timed: every kernel is compiled for an A100 (sm_80) and an H100 (sm_90) with every
 config, and what came out is counted: registers of a thread, bytes that were spilled, shared memory, and whether the
 instructions appear that a fast kernel of its kind needs. On a GPU, softmax, LayerNorm and RMSNorm are timed beside
-torch and torch.compile, forward and with the backward pass.
+torch, torch.compile and Liger, forward and with the backward pass. (The other kernels' own benchmarks time those.)
 
 What to look at: compiled, no spills, and wgmma or mma.sync in whatever multiplies. Timed, the share of the limit, which
 is what it takes to read the input and write the result once.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mlsys.bench import Benchmark, Impl, Work
+from mlsys.bench import Benchmark, Impl, Plot, Work
 from mlsys.commands.tune import modules
 
 if TYPE_CHECKING:
@@ -37,8 +37,12 @@ def compiled_cases(names: Sequence[str]) -> list[Case]:
         return []
     found: list[Case] = []
     for name in names:
-        calls = dict.fromkeys(s.name for s in importlib.import_module(modules()[name]).specimens())
-        found += [{"technique": name, "call": call, "target": f"sm_{t}"} for call in calls for t in (80, 90)]
+        specimens = importlib.import_module(modules()[name]).specimens()
+        targets: dict[str, tuple[int, ...]] = {s.name: (80, 90) for s in specimens}
+        for one in targets:  # some calls are for the newer target only
+            launched = [s.targets or targets[one] for s in specimens if s.name == one]
+            targets[one] = tuple(t for t in targets[one] if any(t in some for some in launched))
+        found += [{"technique": name, "call": one, "target": f"sm_{t}"} for one, some in targets.items() for t in some]
     return found
 
 
@@ -98,7 +102,30 @@ def by_torch(case: Case, given: Mapping[str, Any]) -> Callable[[], Any]:
 
 
 def by_inductor(case: Case, given: Mapping[str, Any]) -> Callable[[], Any]:
-    return step(case, given, torch.compile(torch_softmax), torch.compile(torch_norm))
+    # each case anew and for its very sizes: after some recompilations torch would go on without compiling
+    torch.compiler.reset()
+    return step(
+        case,
+        given,
+        torch.compile(torch_softmax, fullgraph=True, dynamic=False),
+        torch.compile(torch_norm, fullgraph=True, dynamic=False),
+    )
+
+
+def by_liger(case: Case, given: Mapping[str, Any]) -> Callable[[], Any]:
+    """The kernels of the liger-kernel package."""
+    ops = {name: importlib.import_module(f"liger_kernel.ops.{name}") for name in ("softmax", "layer_norm", "rms_norm")}
+    bias = torch.zeros_like(given["weight"])
+
+    def norm(x: Tensor, weight: Tensor, *, kind: str) -> Tensor:
+        if kind == "layernorm":
+            layer: Tensor = ops["layer_norm"].LigerLayerNormFunction.apply(x, weight, bias, 1e-5)
+            return layer
+        in_place = False  # else dx would be written over dy
+        rms: Tensor = ops["rms_norm"].LigerRMSNormFunction.apply(x, weight, 1e-5, 0.0, "llama", in_place)
+        return rms
+
+    return step(case, given, ops["softmax"].LigerSoftmaxFunction.apply, norm)
 
 
 def by_triton(case: Case, given: Mapping[str, Any]) -> Callable[[], Any]:
@@ -144,14 +171,14 @@ def figures(case: Case, given: Mapping[str, Any], got: list[Compiled] | None) ->
 
 TIMED = [
     timed_case(technique, rows, columns, backward=backward)
+    for rows, columns in ((8192, 8192), (1 << 16, 1024))
     for technique in ("softmax", "layernorm", "rmsnorm")
-    for rows, columns in ((1 << 16, 1024), (8192, 8192))
-    for backward in (False, True)
+    for backward in (True, False)
 ]
 bench = Benchmark(
     __file__,
     cases={
-        "quick": [*compiled_cases(["kernels.cross_entropy"])[-1:], *TIMED[:2]],
+        "quick": [*compiled_cases(["kernels.cross_entropy"])[-1:], *TIMED],
         "default": [*compiled_cases(list(modules())), *TIMED],
         "full": [*compiled_cases(list(modules())), *TIMED, timed_case("softmax", 512, 1 << 17)],
     },
@@ -160,6 +187,9 @@ bench = Benchmark(
     impls={
         "torch": Impl(lambda: by_torch, "reference"),
         "torch.compile": Impl(lambda: by_inductor, "peer", only=lambda case: "call" not in case),
+        "liger": Impl(
+            lambda: by_liger, "peer", "liger_kernel", only=lambda case: "call" not in case, install="liger-kernel"
+        ),
         "triton": Impl(lambda: by_triton, "ours"),
     },
     subject="triton",
@@ -169,6 +199,15 @@ bench = Benchmark(
     counted=lambda impl, device: device == "cpu",
     fits=lambda case, device: ("call" in case) == (device == "cpu"),
     memory=False,
+    plots=(
+        Plot(
+            x="columns",
+            xlabel="columns, of 2²⁶ numbers",
+            panel=("technique", "backward"),
+            y="throughput",
+            only=lambda case: case.get("rows", 0) * case.get("columns", 0) == 1 << 26,
+        ),
+    ),
 )
 
 if __name__ == "__main__":

@@ -61,12 +61,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mlsys.attention._flash_scores import TileOptions
 from mlsys.attention._flash_triton_launch import LARGEST, Call, Configs, backward, forward, specimens
 from mlsys.attention._flash_triton_tiles import LOG2E
 from mlsys.attention._inputs import check_qkv, check_rules
@@ -78,16 +79,7 @@ __all__ = ["Configs", "attention", "specimens", "typical", "varlen"]
 Precision = Literal["ieee", "tf32"]
 
 
-class _Options(TypedDict, total=False):
-    causal: bool
-    window: tuple[int, int]
-    mask: None
-    alibi: None
-    softcap: None
-    sinks: None
-    scale: float | None
-    block_q: None
-    block_k: None
+class _Options(TileOptions, total=False):
     precision: Precision
     config: Configs | None
 
@@ -111,21 +103,22 @@ def attention(
     *,
     causal: bool = False,
     window: tuple[int, int] = (-1, -1),
-    mask: None = None,
-    alibi: None = None,
-    softcap: None = None,
-    sinks: None = None,
+    mask: Tensor | None = None,
+    alibi: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
-    block_q: None = None,
-    block_k: None = None,
+    block_q: int | None = None,
+    block_k: int | None = None,
     precision: Precision = "ieee",
     config: Configs | None = None,
 ) -> Float[Tensor, "b h t dv"] | tuple[Float[Tensor, "b h t dv"], Float[Tensor, "b h t"]]:
     """`flash.attention` in float32, bfloat16 or float16, on a GPU, or on a CPU under Triton's interpreter.
 
-    Results are `flash`'s, to rounding, and so is what becomes of NaN. Any strides will do. The tiles are those that
-    were the fastest here (`mlsys tune`), unless `config` forces some.
+    Options and results are `flash`'s, to rounding, and so is what becomes of NaN; but mask, alibi, softcap, sinks,
+    block_q and block_k must be None. Any strides will do. The tiles are those that were the fastest here
+    (`mlsys tune`), unless `config` forces some.
     Raises TypeError or ValueError naming the argument if shapes, dtypes, devices or options are wrong, or not for these
     kernels (mask, alibi, softcap, sinks); RuntimeError if asked for a second derivative, or on a CPU without the
     interpreter.
@@ -151,13 +144,13 @@ def varlen(
     *,
     causal: bool = False,
     window: tuple[int, int] = (-1, -1),
-    alibi: None = None,
-    softcap: None = None,
-    sinks: None = None,
+    alibi: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
-    block_q: None = None,
-    block_k: None = None,
+    block_q: int | None = None,
+    block_k: int | None = None,
     precision: Precision = "ieee",
     config: Configs | None = None,
 ) -> Float[Tensor, "total_q h dv"] | tuple[Float[Tensor, "total_q h dv"], Float[Tensor, "total_q h"]]:

@@ -47,7 +47,7 @@ class Impl:
 
     role:  "reference" (the readable one that others are checked against), "ours", "variant" (ours too, but a step on
            the way: it has a time in the summary, and no columns of its own), "peer", or "yours".
-    needs: the module that must be importable, for peers that come with an extra.
+    needs: the module that must be importable, for peers that come with an extra; install: what pip installs it by.
     only:  the cases it takes part in.
     source: "FILE.py:FUNCTION" of the user's, from which other processes can load it too.
     """
@@ -57,13 +57,14 @@ class Impl:
     needs: str | None = None
     only: Callable[[Case], bool] = lambda case: True
     source: str | None = None
+    install: str = "'mlsys-reference[bench]'"
 
     @property
     def missing(self) -> str | None:
         """Why it cannot run here and what to do about it, or None."""
         if self.needs is None or importlib.util.find_spec(self.needs) is not None:
             return None
-        return f"{self.needs} is not installed: pip install 'mlsys-reference[bench]'"
+        return f"{self.needs} is not installed: pip install {self.install}"
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,7 @@ class Specimen:
     aligned:   arguments that are multiples of 16, as a pointer to a fresh tensor is and most strides are. Triton reads
                that off a call; without it loads are narrow and nothing is copied asynchronously.
     shows:     for a target (80, 90), what must appear in its code: names of `_triton_compile.MARKS`.
+    targets:   those that it is launched on; all, if it names none.
     """
 
     name: str
@@ -123,6 +124,7 @@ class Specimen:
     constants: Mapping[str, Any] = field(default_factory=dict)
     aligned: tuple[str, ...] = ()
     shows: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    targets: tuple[int, ...] = ()
 
 
 def on_device(name: str, **tensors: Tensor | None) -> torch.device:

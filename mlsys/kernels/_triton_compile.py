@@ -7,8 +7,8 @@ calls. One JSON line is printed for each and each target. `compiled` runs that i
 interpreter is off, and returns the lines as values: Triton is either one or the other in a process.
 
 A spill is a number that found no register and lives in memory, thread by thread. ptxas keeps spills on the stack of a
-thread, and Triton's kernels have nothing else there, so bytes of stack are bytes of spills; loads and stores of local
-memory in the machine code are counted beside them.
+thread, and Triton's kernels have nothing else there, so bytes of stack are bytes of spills; where there are some, the
+loads and stores of local memory in the machine code are counted beside them.
 
 See also:
     `mlsys.kernels._triton` (`Specimen`).
@@ -17,7 +17,6 @@ See also:
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib
 import json
 import os
@@ -30,19 +29,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlsys.files import cache_folder, write_atomic
+from mlsys.files import cache_folder
 
 TARGETS = (80, 90)  # A100 and H100
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block may have
 
-# What to look for in the machine code (SASS), and the name that it has in PTX and in what people write
+# What to look for in the PTX, by the name that it has there or that people write. ptxas turns each into its counterpart
+# of the machine code; to disassemble that would take longer than to compile a small kernel.
 MARKS = {
-    "mma.sync": r"\b(?:HMMA|IMMA|QMMA)\.",
-    "wgmma": r"\b(?:HGMMA|IGMMA|QGMMA)\.",
-    "cp.async": r"\bLDGSTS\b",
-    "TMA": r"\b(?:UTMALDG|UTMASTG|UBLKCP)\b",
-    "ldmatrix": r"\bLDSM\b",
-    "128-bit loads": r"\bLDG\.E\.(?:\w+\.)*128\b",
+    "mma.sync": r"\bmma\.sync\b",
+    "wgmma": r"\bwgmma\.mma_async\b",
+    "cp.async": r"\bcp\.async\.c[ag]\b",
+    "TMA": r"\bcp\.async\.bulk\.",
+    "ldmatrix": r"\bldmatrix\.",
+    "128-bit loads": r"\bld\.global\.\S*\b(?:v4\.[bfus]32|v2\.[bfus]64)\b",
 }
 
 
@@ -140,7 +140,8 @@ def compile_one(module: str, specimen: Any, target: int) -> Compiled:
             reason = reason.__cause__
         text = " ".join(str(reason).split()) or " ".join(str(error).split())
         return Compiled(**found, target=target, failed=f"{type(reason).__name__}: {text[-300:]}")
-    registers, stack, local, shows = look_into(kernel.asm["cubin"])
+    registers, stack, local = look_into(kernel.asm["cubin"])
+    shows = tuple(mark for mark, pattern in MARKS.items() if re.search(pattern, kernel.asm["ptx"]))
     return Compiled(
         **found,
         target=target,
@@ -148,35 +149,23 @@ def compile_one(module: str, specimen: Any, target: int) -> Compiled:
         spilled=stack,
         local=local,
         shared=int(kernel.metadata.shared),
-        shows=tuple(shows),
+        shows=shows,
         missing=tuple(mark for mark in specimen.shows.get(target, ()) if mark not in shows),
     )
 
 
-def look_into(cubin: bytes) -> tuple[int, int, int, list[str]]:
-    """Registers and bytes of stack of a thread, accesses to local memory, and marks, of a compiled kernel.
-
-    cuobjdump, which Triton brings along, takes half a second for it: what it said is kept in the cache folder.
-    """
-    folder = cache_folder() / "triton-compiled"
-    kept = folder / f"{hashlib.sha256(cubin + repr(MARKS).encode()).hexdigest()[:32]}.json"
-    if kept.is_file():
-        registers, stack, local, shows = json.loads(kept.read_text(encoding="utf-8"))
-        return registers, stack, local, shows
-    text = _dump(cubin)
+def look_into(cubin: bytes) -> tuple[int, int, int]:
+    """Registers and bytes of stack of a thread, and accesses to local memory, of a compiled kernel."""
+    text = _dump(cubin, "--dump-resource-usage")
     counts = re.search(r"REG:(\d+)", text), re.search(r"STACK:(\d+)", text)
     if counts[0] is None or counts[1] is None:
         raise RuntimeError(f"cuobjdump says nothing of registers: {text[:300]!r}")
-    local = len(re.findall(r"\b(?:LDL|STL)\b", text))
-    shows = [mark for mark, pattern in MARKS.items() if re.search(pattern, text)]
-    found = int(counts[0][1]), int(counts[1][1]), local, shows
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(kept, json.dumps(found))
-    return found
+    registers, stack = int(counts[0][1]), int(counts[1][1])
+    return registers, stack, len(re.findall(r"\b(?:LDL|STL)\b", _dump(cubin, "--dump-sass"))) if stack else 0
 
 
-def _dump(cubin: bytes) -> str:
-    """What a kernel takes, and its machine code (SASS)."""
+def _dump(cubin: bytes, what: str) -> str:
+    """What cuobjdump, which Triton brings along, says of a kernel."""
     import triton
 
     tool = triton.knobs.nvidia.cuobjdump.path
@@ -186,8 +175,7 @@ def _dump(cubin: bytes) -> str:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
         done = subprocess.run(
-            [tool, "--dump-resource-usage", "--dump-sass", str(file)],
-            capture_output=True, text=True, env=environment, check=True,
+            [tool, what, str(file)], capture_output=True, text=True, env=environment, check=True
         )  # fmt: skip
         return done.stdout
 
@@ -206,6 +194,8 @@ def main(words: Sequence[str] | None = None) -> int:
             if args.only not in f"{specimen.name} {specimen.config}":
                 continue
             for target in args.target or TARGETS:
+                if specimen.targets and target not in specimen.targets:
+                    continue
                 print(json.dumps(asdict(compile_one(module, specimen, target))), flush=True)
     return 0
 

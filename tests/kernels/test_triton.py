@@ -1,10 +1,12 @@
 """What the Triton kernels share: rounding, products and loops under the interpreter, devices, tuning, compiling."""
 
+import importlib
 import json
 import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mlsys import catalog
+from mlsys.commands.tune import modules
 from mlsys.kernels import _triton, _triton_compile, _triton_tune, softmax_triton
 from mlsys.kernels._triton import bound, config, dot, narrow, next_power_of_2, on_device
 from mlsys.loading import import_file
@@ -191,16 +193,6 @@ def test_only_one_config_is_not_timed(on_a_gpu):
 
 # --- compiling --------------------------------------------------------------------------------------------------------
 
-MODULES = ("softmax_triton", "norm_triton", "cross_entropy_triton")
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_every_config_compiles_for_ampere_and_hopper_and_none_spills_unexplained(module):
-    rows = _triton_compile.compiled([f"mlsys.kernels.{module}"])
-    assert {row.target for row in rows} == {80, 90}
-    assert [problem for row in rows for problem in row.problems()] == []
-    assert all(0 < row.registers <= 255 for row in rows)
-
 
 def test_problems_are_named():
     row = _triton_compile.Compiled("m", "k", "BLOCK=1", "", 90)
@@ -223,9 +215,21 @@ def test_a_module_that_fails_is_an_error():
         _triton_compile.compiled(["no.such.module"])
 
 
-def test_modules_with_kernels_have_specimens():
-    names = [path.stem for path in catalog.modules() if catalog.base(path) and path.stem.endswith("_triton")]
-    assert set(MODULES) <= set(names)
+def test_every_module_with_kernels_has_specimens():
+    found = {module: importlib.import_module(module).specimens() for module in modules().values()}
+    assert {"mlsys.kernels.softmax_triton", "mlsys.attention.flash_triton"} <= set(found)
+    assert all(found.values())
+
+
+def test_a_specimen_is_compiled_for_the_targets_that_it_is_launched_on(monkeypatch, capsys):
+    kept = [replace(softmax_triton.specimens()[0], name=name, targets=some) for name, some in (("a", ()), ("b", (90,)))]
+    seen = []
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(softmax_triton, "specimens", lambda: kept)
+    monkeypatch.setattr(_triton_compile, "compile_one", lambda module, one, target: seen.append((one.name, target)))
+    monkeypatch.setattr(_triton_compile, "asdict", lambda row: {})
+    assert _triton_compile.main(["mlsys.kernels.softmax_triton"]) == 0
+    assert seen == [("a", 80), ("a", 90), ("b", 90)]
 
 
 # --- guards -----------------------------------------------------------------------------------------------------------
