@@ -6,8 +6,8 @@ still holds of the last product is of no use, and at M = 1 the bytes of the weig
 
 "dequantize" writes blocks of Ŵ out and multiplies; "x in int8" rounds x, too. The peers are a product in
 bfloat16, torch's kernels for int8 and int4 (with x in bfloat16, what they are made for), and torchao as its users
-have it: int8 weights, and int8 weights and activations, eager, and at M = 1 compiled
-(of large matrices only: compiling takes longer than a quick run).
+have it: int8 weights, int4 weights (its layer, with our codes in it), and int8 weights and activations, eager, and
+weights alone at M = 1 also compiled (of large matrices only: compiling takes longer than a quick run).
 All are checked against Ŵ in float64: those in bfloat16, or with x rounded, to what their roundings allow.
 
 On a GPU the cases are others, with x in bfloat16: "qlinear" is Triton's kernels there, and "triton, tiles only" those
@@ -85,7 +85,7 @@ def inputs(case: Case, device: str) -> Inputs:
 def work(case: Case, given: Inputs) -> Work:
     """The operations of one row with each weight, and the bytes that stand for the weights; of all layers."""
     flops = 2 * case["m"] * case["n"] * case["k"] * given.layers
-    moved = given.qw[0].nbytes + 4 * case["m"] * (case["n"] + case["k"])
+    moved = given.qw[0].nbytes + dtype_of(case).itemsize * case["m"] * (case["n"] + case["k"])
     return Work(flops, moved * given.layers, items=case["m"] * given.layers, unit="rows")
 
 
@@ -151,6 +151,8 @@ def matmul(dtype: torch.dtype) -> Maker:
 
 def torchao(activations: bool, compiled: bool = False, bits: int = 8) -> Maker:
     def made(given: Inputs) -> Sequence[Callable[[], Tensor]]:
+        if bits == 4 and on_cpu(given.case):
+            return torchao_int4(compiled)(given)
         from torchao import quantization
 
         config: Any = (
@@ -164,6 +166,34 @@ def torchao(activations: bool, compiled: bool = False, bits: int = 8) -> Maker:
             linear = torch.nn.Linear(given.case["k"], given.case["n"], bias=False, dtype=dtype, device=given.x.device)
             linear.weight = torch.nn.Parameter(given.w.to(dtype))
             quantization.quantize_(linear, config)
+            layers.append(torch.compile(linear) if compiled else linear)
+
+        def layer(run: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+            def call() -> Tensor:
+                with torch.no_grad():
+                    return run(x)
+
+            return call
+
+        return [layer(linear) for linear in layers]
+
+    return Maker(made)
+
+
+def torchao_int4(compiled: bool) -> Maker:
+    """torchao's layer for a processor, with our codes in it: those that it would find itself are of another grid."""
+
+    def made(given: Inputs) -> Sequence[Callable[[], Tensor]]:
+        from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor
+
+        x, layers = given.x.to(torch.bfloat16), []
+        for qw in given.qw:
+            packed = prepare(qw, "int4pack").packed
+            assert packed is not None
+            codes, grid = packed
+            linear = torch.nn.Linear(qw.columns, qw.rows, bias=False, dtype=torch.bfloat16, device="meta")
+            weight = Int4OpaqueTensor(codes, grid, [1, int(qw.scheme.group)], torch.Size((qw.rows, qw.columns)))
+            linear.weight = torch.nn.Parameter(weight, requires_grad=False)
             layers.append(torch.compile(linear) if compiled else linear)
 
         def layer(run: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
@@ -237,6 +267,10 @@ def compiles(case: Case) -> bool:
 def packs(case: Case) -> bool:
     scheme = Scheme.parse(case["scheme"])
     return on_cpu(case) and scheme.format == "int4" and scheme.group in (32, 64, 128, 256) and case["n"] % 16 == 0
+
+
+def large_int4(case: Case) -> bool:
+    return on_cpu(case) and case["scheme"] == "int4:g128" and case["n"] >= 4096
 
 
 def gpu_int8(case: Case) -> bool:
@@ -339,7 +373,13 @@ bench = Benchmark(
         "torchao int8 weights, compiled": Impl(
             lambda: torchao(False, True), "peer", "torchao", only=lambda case: compiles(case) or gpu_int8(case)
         ),
-        "torchao int4 weights, compiled": Impl(lambda: torchao(False, True, 4), "peer", "torchao", only=gpu_int4),
+        "torchao int4 weights": Impl(lambda: torchao(False, bits=4), "peer", "torchao", only=large_int4),
+        "torchao int4 weights, compiled": Impl(
+            lambda: torchao(False, True, 4),
+            "peer",
+            "torchao",
+            only=lambda case: (large_int4(case) and case["m"] == 1) or gpu_int4(case),
+        ),
         "torchao int8, x in int8, compiled": Impl(lambda: torchao(True, True), "peer", "torchao", only=gpu_int8),
     },
     subject="qlinear",

@@ -48,6 +48,7 @@ See also:
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from typing import Any
 
@@ -193,6 +194,8 @@ def _triton(variant: str, idea: str) -> Variant:
         return matmul_triton.matmul(a, b, variant=variant)
 
     def refuse(a: Tensor, b: Tensor) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed: pip install triton"
         from mlsys.kernels import matmul_triton
 
         return matmul_triton.refuse(a, b, variant=variant)

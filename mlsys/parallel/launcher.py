@@ -335,7 +335,8 @@ class _Launch:
 
     def _hear(self, seconds: float) -> None:
         for key, _ in self.selector.select(seconds):
-            key.data()
+            if self.selector.get_map().get(key.fd) is key:  # else one before it in the list has heard the last of it
+                key.data()
 
     def _hear_rank(self, rank: _Rank) -> bool:
         """Take in what a rank has sent; False if that was all for now."""

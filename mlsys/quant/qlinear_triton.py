@@ -15,11 +15,11 @@ With more than a few rows a program computes a tile. W stands on the left, and x
 since tensor cores take their left factor from registers, where the codes are unpacked anyhow, and want at least 64 rows
 of it, which W has even where x has one. A step along the columns never crosses a group.
 
-The idea of this kernel: what is exact is kept exact. c − z is a whole number of at most 9 bits, which bfloat16 holds;
-so with few rows of x, or one scale a row of W, sums are scaled, in float32, and not weights. And four bits need not be
-converted: written into the mantissa of 128 they are 128 + c, as `_halves` explains. With `activations="int8"` both
-factors are int8 and a group's sum is int32: it is scaled when it is complete, for what was scaled before could not be
-added exactly.
+The idea of this kernel: what is exact is kept exact. c − z is a whole number of at most 9 bits, which bfloat16 holds
+(HQQ's zero points are not whole, and are rounded); so with few rows of x, or one scale a row of W, sums are scaled, in
+float32, and not weights. And four bits need not be converted: written into the mantissa of 128 they are 128 + c, as
+`_halves` explains. With `activations="int8"` both factors are int8 and a group's sum is int32: it is scaled when it is
+complete, for what was scaled before could not be added exactly.
 
 With up to 8 rows of x a second kernel may be faster, which needs no tensor cores: a program takes one row of x and a
 few of W, in whole spans of a group, 16 bytes of codes a thread, and sums products in float32; so nothing goes by way of
@@ -27,7 +27,7 @@ shared memory but x. Which one is taken is measured (`mlsys tune`). And since a 
 fill a GPU, both can cut the columns into parts:
 
     programs    (rows of W, part 0)  (rows of W, part 1)  …     sums, (part, rows of x, rows of W)
-    finish      part 0 + part 1 + …, in this order                 the same bits every time; atomics would not give them
+    finish      part 0 + part 1 + …, in this order       the same bits with the same config; by atomics not
 
 Rounding x to int8 is a kernel of its own, before: a row's scale must be known before its first number is rounded.
 
@@ -124,12 +124,25 @@ def qlinear(
 def product(x: Tensor, qw: QuantizedTensor, bias: Tensor | None, rounded: bool, config: Config | None = None) -> Tensor:
     """Multiply x (M, K) with qw (N, K), and add the bias, in the dtype of x; nothing is empty. `rounded`: x by int8."""
     device = on_device("mlsys.quant.qlinear", x=x, codes=qw.codes)
+    if config is not None:
+        _check_config(config, configs(len(x), qw, x.dtype, rounded), rounded)
     rows = x.detach() if x.stride(1) == 1 else x.detach().contiguous()
     later = bias is not None and bias.requires_grad and torch.is_grad_enabled()  # the kernels have no gradient
     with at(device):
         factor, t = round_rows(rows) if rounded else (rows, None)
         y = _launch(factor, t, qw, None if later else bias, torch.float32 if later else x.dtype, config)
     return (y + bias).to(x.dtype) if later and bias is not None else y
+
+
+def _check_config(config: object, able: Sequence[Config], rounded: bool) -> None:
+    if not isinstance(config, Config):
+        raise TypeError(f"config must be a Config or None, got {type(config).__name__}: take one of configs(…)")
+    if {name for name, _ in config.constants} not in [{name for name, _ in one.constants} for one in able]:
+        how = ", rounded=True" if rounded else ""
+        raise ValueError(
+            f"config must be of a kernel that this call may take, got {config}: take one of "
+            f"configs(rows, qw, x.dtype{how})"
+        )
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,6 +212,7 @@ def _launch(
     assert scale is not None
     scale, zero = (s if s is None or s.stride(1) == 1 or s.shape[1] == 1 else s.contiguous() for s in (scale, zero))
     assert scale is not None
+    bias = None if bias is None else bias.contiguous()
     numbers = (m, n, k, x.stride(0), codes.stride(0), scale.stride(0), 0 if zero is None else zero.stride(0))
     out = torch.empty(m, n, dtype=dtype, device=x.device)
     common = {"BITS": scheme.bits, "GROUP": group}

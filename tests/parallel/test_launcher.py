@@ -4,6 +4,7 @@ import ctypes
 import io
 import os
 import pickle
+import selectors
 import signal
 import socket
 import subprocess
@@ -1034,3 +1035,22 @@ def test_an_entry_holds_any_text_and_nothing_spills(tmp_path):
     assert collective is None
     assert message.text.startswith("ééé")
     assert other == (None, None)
+
+
+def test_a_rank_that_ended_may_be_heard_of_twice_at_once(monkeypatch):
+    """Its last words and its end wait together, and who hears of the end first takes in the words."""
+    select = selectors.DefaultSelector.select
+
+    def late(self, timeout=None):
+        until = time.monotonic() + min(timeout, 60.0)
+        while time.monotonic() < until:
+            found = select(self, 0.01)
+            first = [event for event in found if getattr(event[0].data, "__name__", "") == "_hear_supervisor"]
+            if first:
+                return first + [event for event in found if event not in first]
+        return select(self, 0.0)
+
+    monkeypatch.setattr(selectors.DefaultSelector, "select", late)
+    with pytest.raises(LaunchError, match="exited with status 3"):
+        launch(os._exit, 2, 3)
+    assert launch(os.getpid, 1)

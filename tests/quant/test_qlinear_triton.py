@@ -349,3 +349,24 @@ def test_typical_calls_can_be_made():
     assert all(call().shape == (1, 32) for _, call in calls)
     with pytest.raises(ValueError, match="1x4096x4096"):
         next(qlinear_triton.typical(torch.device(DEVICE), torch.bfloat16, (1, 32)))
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_a_bias_may_have_any_strides(rows):
+    w = quantize(torch.randn(24, 64, generator=torch.Generator().manual_seed(0)), "int4:g32")
+    x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(1))
+    for bias in (torch.arange(48.0)[::2], torch.ones(1).expand(24)):
+        got = qlinear_triton.qlinear(x.to(DEVICE), w.to(DEVICE), bias.to(DEVICE))
+        want = qlinear(x, w, bias, path="reference")
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_config_of_another_kernel_is_refused():
+    w = quantize(torch.randn(24, 64, generator=torch.Generator().manual_seed(0)), "int8")
+    x = torch.randn(1, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    w = w.to(DEVICE)
+    with pytest.raises(TypeError, match="config must be a Config or None, got int"):
+        qlinear_triton.qlinear(x, w, config=3)
+    gemv = qlinear_triton.configs(1, w, x.dtype)[0]
+    with pytest.raises(ValueError, match=r"config must be of a kernel .*rounded=True"):
+        qlinear_triton.qlinear(x, w, activations="int8", config=gemv)
