@@ -7,6 +7,7 @@ in the tests check them, through beartype. It must be installed before those pac
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import signal
 import sys
@@ -48,7 +49,8 @@ if _early:
     raise RuntimeError(f"imported before the shape checks were installed: {', '.join(_early)}")
 if HOOKED:
     jaxtyping.install_import_hook(HOOKED, "beartype.beartype")
-if catalog.devices("torch")["cuda"] is not None:  # no GPU: Triton reads this when it is imported, once for all tests
+WITHOUT_GPU = catalog.devices("torch")["cuda"] is not None
+if WITHOUT_GPU:  # Triton reads this when it is imported, once for all tests
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
@@ -69,6 +71,18 @@ def one_thread() -> Iterator[None]:
     torch = sys.modules.get("torch")  # not imported for tests that do without it
     if torch is not None and torch.get_num_threads() != 1:
         torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=not WITHOUT_GPU)
+def first_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a GPU no test tunes: a Triton kernel takes its first config, whatever the user's cache says, and writes none.
+
+    Tests of tuning put a `time_all` of their own in place.
+    """
+    if importlib.util.find_spec("triton") is not None:
+        tune = importlib.import_module("mlsys.kernels._triton_tune")
+        monkeypatch.setattr(tune, "time_all", lambda kernel, key, configs, run, device: configs[0])
+        monkeypatch.setattr(tune, "_folder", lambda: tmp_path / "triton")
 
 
 @pytest.fixture

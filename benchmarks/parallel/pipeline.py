@@ -3,7 +3,7 @@
 What to look at: each row is a schedule on 1, 2 or 4 ranks; the reference is plain model
 parallelism, where one rank works at a time. "bubble" is the share of the ranks' time with
 nothing to do in a measured step, "simulated" what `simulate` says of the same schedule with
-the measured times of each stage's operations, and "simulated ÷ measured" compares the
+the mean times of each stage's operations in that step, and "simulated ÷ measured" compares the
 lengths of the two steps. The picture shows both.
 
 Ranks share the machine's cores: on two cores, two ranks have one each, and four take turns,
@@ -196,17 +196,18 @@ class Call:
             yield math.nan if found is None else found.item()
 
     def _figures(self, steps: list[Any], sent: float) -> tuple[dict[str, float], list[list[Any]]]:
-        found = [observed({row: operations(spans) for row, spans in enumerate(ranks)}) for ranks in steps]
-        middle = sorted(found, key=lambda one: one.makespan)[len(found) // 2]
-        costs = measured([spans for ranks in steps for spans in ranks])
-        simulated = simulate(self.pipe.schedule, *costs)
+        pairs = []
+        for ranks in steps:
+            step = observed({row: operations(spans) for row, spans in enumerate(ranks)})
+            pairs.append((step, simulate(self.pipe.schedule, *measured(ranks))))
+        middle, simulated = sorted(pairs, key=lambda pair: pair[0].makespan)[len(pairs) // 2]
         everyone: list[Any] = [None] * size()
         dist.all_gather_object(everyone, sent)
         figures = {
             "MB sent": round(max(everyone) / 1e6, 4),
             "bubble": round(middle.bubble, 3),
             "simulated": round(simulated.bubble, 3),
-            "simulated ÷ measured": round(simulated.makespan / statistics.median(one.makespan for one in found), 3),
+            "simulated ÷ measured": round(statistics.median(b.makespan / a.makespan for a, b in pairs), 3),
         }
         spans = [
             [label, row, *op, round(start, 6), round(end, 6)]

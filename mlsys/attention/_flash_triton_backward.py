@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mlsys.attention._flash_triton_tiles import keys_of, put, queries_of, rows, rows_of, seen
+from mlsys.attention._flash_triton_tiles import ends, keys_of, place, put, queries_of, rows, rows_of, seen
 from mlsys.kernels._triton import bound, dot, narrow
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -23,17 +23,11 @@ def row_sums(
     t, heads, blocks, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """D = Σ O · dO of BLOCK_M rows, less the gradient of L, if it has one."""
-    program = tl.program_id(0)
-    block, head = program % blocks, (program // blocks % heads).to(tl.int64)
-    b = (program // blocks // heads).to(tl.int64)
-    first = 0
-    if ends_q is not None:
-        first = tl.load(ends_q + b)
-        t = tl.load(ends_q + b + 1) - first
+    block, head, b = place(heads, blocks)
+    start, t = ends(ends_q, b, t)
     m0 = block * BLOCK_M
     if m0 >= t:
         return
-    start = tl.cast(first, tl.int64)
     i = m0 + tl.arange(0, BLOCK_M)
     o = rows(out + b * o_b + head * o_h + start * o_t, m0, t, o_t, 1, BLOCK_M, BLOCK_DV, DV, True)
     g = rows(grad + b * g_b + head * g_h + start * g_t, m0, t, g_t, g_d, BLOCK_M, BLOCK_DV, DV, True)
@@ -57,17 +51,12 @@ def grad_kv(
 
     heads: of keys and values. Tiles are transposed, keys by queries, so that P and dS are left operands as they are.
     """
-    program = tl.program_id(0)
-    block, head = program % blocks, (program // blocks % heads).to(tl.int64)
-    b = (program // blocks // heads).to(tl.int64)
-    first_q, first_k = 0, 0
-    if ends_q is not None:
-        first_q, first_k = tl.load(ends_q + b), tl.load(ends_k + b)
-        t, s = tl.load(ends_q + b + 1) - first_q, tl.load(ends_k + b + 1) - first_k
+    block, head, b = place(heads, blocks)
+    start_q, t = ends(ends_q, b, t)
+    start_k, s = ends(ends_k, b, s)
     n0 = block * BLOCK_N
     if n0 >= s:
         return
-    start_q, start_k = tl.cast(first_q, tl.int64), tl.cast(first_k, tl.int64)
     keys = rows(k + b * k_b + head * k_h + start_k * k_s, n0, s, k_s, k_d, BLOCK_N, BLOCK_D, D, True)
     values = rows(v + b * v_b + head * v_h + start_k * v_s, n0, s, v_s, v_d, BLOCK_N, BLOCK_DV, DV, True)
     sum_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -144,17 +133,12 @@ def grad_q(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr = 0,
 ):  # fmt: skip
     """Gradients dQ of BLOCK_M queries of one head, which walk along their keys as in the forward pass."""
-    program = tl.program_id(0)
-    block, head = blocks - 1 - program % blocks, (program // blocks % heads).to(tl.int64)
-    b = (program // blocks // heads).to(tl.int64)
-    first_q, first_k = 0, 0
-    if ends_q is not None:
-        first_q, first_k = tl.load(ends_q + b), tl.load(ends_k + b)
-        t, s = tl.load(ends_q + b + 1) - first_q, tl.load(ends_k + b + 1) - first_k
-    m0 = block * BLOCK_M
+    block, head, b = place(heads, blocks)
+    start_q, t = ends(ends_q, b, t)
+    start_k, s = ends(ends_k, b, s)
+    m0 = (blocks - 1 - block) * BLOCK_M
     if m0 >= t:
         return
-    start_q, start_k = tl.cast(first_q, tl.int64), tl.cast(first_k, tl.int64)
     if not TMA:
         k += b * k_b + head // group * k_h + start_k * k_s
         v += b * v_b + head // group * v_h + start_k * v_s

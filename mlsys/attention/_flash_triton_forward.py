@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mlsys.attention._flash_triton_tiles import keys_of, put, rows, rows_of, seen
+from mlsys.attention._flash_triton_tiles import ends, keys_of, place, put, rows, rows_of, seen
 from mlsys.kernels._triton import bound, dot, narrow
 
 
@@ -30,22 +30,18 @@ def forward(
     unit:           scale · log₂e, not negative.
     TMA:            whether k and v are descriptors of the tensors, and not pointers.
     """
-    program = tl.program_id(0)
-    block, head = blocks - 1 - program % blocks, (program // blocks % heads).to(tl.int64)  # as offsets may be large
-    b = (program // blocks // heads).to(tl.int64)
-    first_q, first_k = 0, 0
-    if ends_q is not None:
-        first_q, first_k = tl.load(ends_q + b), tl.load(ends_k + b)
-        t, s = tl.load(ends_q + b + 1) - first_q, tl.load(ends_k + b + 1) - first_k
-    m0 = block * BLOCK_M
+    block, head, b = place(heads, blocks)
+    start_q, t = ends(ends_q, b, t)
+    start_k, s = ends(ends_k, b, s)
+    m0 = (blocks - 1 - block) * BLOCK_M  # causal, the last have the most keys: they begin first
     if m0 >= t:
         return
-    q += b * q_b + head * q_h + tl.cast(first_q, tl.int64) * q_t
+    q += b * q_b + head * q_h + start_q * q_t
     if not TMA:
-        k += b * k_b + head // group * k_h + tl.cast(first_k, tl.int64) * k_s
-        v += b * v_b + head // group * v_h + tl.cast(first_k, tl.int64) * v_s
-    out += b * o_b + head * o_h + tl.cast(first_q, tl.int64) * o_t
-    lse += b * l_b + head * l_h + first_q
+        k += b * k_b + head // group * k_h + start_k * k_s
+        v += b * v_b + head // group * v_h + start_k * v_s
+    out += b * o_b + head * o_h + start_q * o_t
+    lse += b * l_b + head * l_h + start_q
 
     queries = rows(q, m0, t, q_t, q_d, BLOCK_M, BLOCK_D, D, True)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)

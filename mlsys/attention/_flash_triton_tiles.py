@@ -21,6 +21,23 @@ LOG2E = 1.4426950408889634
 
 
 @triton.jit
+def place(heads, blocks):
+    """This program's block of rows, its head and its batch entry, as offsets of these may be large."""
+    program = tl.program_id(0)
+    return program % blocks, (program // blocks % heads).to(tl.int64), (program // blocks // heads).to(tl.int64)
+
+
+@triton.jit
+def ends(cumulative, b, length):
+    """Where entry b begins and how long it is: the cumulative lengths of packed sequences say so, if there are any."""
+    first = 0
+    if cumulative is not None:
+        first = tl.load(cumulative + b)
+        length = tl.load(cumulative + b + 1) - first
+    return tl.cast(first, tl.int64), length
+
+
+@triton.jit
 def rows(x, start, stop, row_stride, column_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr,
          MASKED: tl.constexpr):  # fmt: skip
     """x[start : start + ROWS, :SIZE], with zeros from column SIZE to COLUMNS and, if MASKED, from row `stop` on."""

@@ -144,8 +144,10 @@ class _Matmul(torch.autograd.Function):
     def forward(ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None, call: Call) -> Tensor:
         keep = call.activation not in ("", "relu")
         c, *z = product(a, b, call, bias, keep=keep)
-        ctx.save_for_backward(a, b, *(z if keep else [c] if call.activation else []))
-        ctx.call, ctx.bias_dtype = call, None if bias is None else bias.dtype
+        of_a, of_b = ctx.needs_input_grad[:2]
+        behind = z if keep else [c] if call.activation else []
+        ctx.save_for_backward(a if of_b else None, b if of_a else None, *behind)
+        ctx.call, ctx.columns = call, [x.stride(0) == 1 and x.stride(1) != 1 for x in (a, b)]
         return c
 
     @staticmethod
@@ -156,15 +158,14 @@ class _Matmul(torch.autograd.Function):
         dz = before_activation(dy, z[0], ctx.call.activation) if z else dy
         if call.variant == "descriptor" and dz.numel() and swapped(dz) is None:
             dz = dz.clone(memory_format=torch.contiguous_format)  # such as the expanded gradient of a sum
-        da = _as(a, dz, b.mT, call) if ctx.needs_input_grad[0] else None
-        db = _as(b, a.mT, dz, call) if ctx.needs_input_grad[1] else None
+        da = _laid(ctx.columns[0], dz, b.mT, call) if ctx.needs_input_grad[0] else None
+        db = _laid(ctx.columns[1], a.mT, dz, call) if ctx.needs_input_grad[1] else None
         dbias = dz.sum(0, dtype=torch.float32).to(dz.dtype) if ctx.needs_input_grad[2] else None
         return da, db, dbias, None
 
 
-def _as(factor: Tensor, left: Tensor, right: Tensor, call: Call) -> Tensor:
+def _laid(by_columns: bool, left: Tensor, right: Tensor, call: Call) -> Tensor:
     """The gradient left · right of a factor, by columns if the factor lies in memory by columns."""
-    by_columns = factor.stride(0) == 1 and factor.stride(1) != 1
     return product(right.mT, left.mT, call)[0].mT if by_columns else product(left, right, call)[0]
 
 

@@ -23,7 +23,7 @@ from mlsys.models._layers import AttentionFn
 from mlsys.models.transformer import Transformer
 from mlsys.parallel._mesh_grid import Grid
 from mlsys.parallel._mesh_stages import check_whole, opened, take
-from mlsys.parallel._tensor_model import TensorParallel, header
+from mlsys.parallel._tensor_model import TensorParallel, counted, header, that_count
 from mlsys.parallel.collectives import broadcast
 from mlsys.perf.configs import Config
 
@@ -113,7 +113,7 @@ def check_zero(zero: int | None, grid: Grid, microbatches: int) -> None:
 
 
 def check_batch(tokens: Any, targets: Any, config: Config, microbatches: int, n: int) -> int:
-    """The number of tokens; TypeError or ValueError for a batch that some rank would stumble over."""
+    """How many targets count; TypeError or ValueError for a batch that some rank would stumble over."""
     some = tokens if isinstance(tokens, list) else [tokens]
     for one in some:
         if not isinstance(one, Tensor) or one.ndim != 2:
@@ -139,5 +139,5 @@ def check_batch(tokens: Any, targets: Any, config: Config, microbatches: int, n:
     for name, ids in (("tokens", some), ("targets", wanted)):
         for one in ids:
             if not one.is_meta:
-                check_ids(name, one, 2, config.vocab, "vocab", one.device)
-    return sum(one.numel() for one in some)
+                check_ids(name, that_count(one) if ids is wanted else one, 2, config.vocab, "vocab", one.device)
+    return sum(one.numel() if one.is_meta else counted(one) for one in wanted or some)

@@ -25,7 +25,7 @@ from mlsys.models._layers import rotation
 from mlsys.models.transformer import Transformer
 from mlsys.parallel._pipeline_stages import Stage, TransformerStage, split
 from mlsys.parallel._tensor_layers import VocabEmbedding, vocab_cross_entropy
-from mlsys.parallel._tensor_model import TensorParallel
+from mlsys.parallel._tensor_model import IGNORED, TensorParallel, counted, that_count
 from mlsys.parallel._tensor_operators import Ranks, part
 from mlsys.parallel._tensor_shards import cut_of
 from mlsys.perf.configs import Config
@@ -82,20 +82,25 @@ def by_rank(tokens: Tensor, n: int) -> Tensor:
 
 
 def loss_of(config: Config, ranks: Ranks | None, sequence_parallel: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """Mean cross-entropy of what the last stage gives."""
+    """Mean cross-entropy of what the last stage gives, over the targets that count: 0, and no NaN, if none does."""
 
     def whole(logits: Tensor, targets: Tensor) -> Tensor:
-        check_ids("targets", targets, 2, config.vocab, "vocab", logits.device)
         wide = torch.promote_types(logits.dtype, torch.float32)
-        return F.cross_entropy(logits.flatten(0, 1).to(wide), targets.flatten())
+        rows = logits.flatten(0, 1).to(wide)
+        return F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
     def shared(logits: Tensor, targets: Tensor) -> Tensor:
         assert ranks is not None
-        check_ids("targets", targets, 2, config.vocab, "vocab", logits.device)
-        wanted = by_rank(targets, ranks.size) if sequence_parallel else targets
-        return vocab_cross_entropy(logits, wanted.flatten(), ranks, vocab=config.vocab)
+        wanted = (by_rank(targets, ranks.size) if sequence_parallel else targets).flatten()
+        return vocab_cross_entropy(logits, wanted, ranks, vocab=config.vocab, ignore_index=IGNORED, reduction="sum")
 
-    return whole if ranks is None else shared
+    total = whole if ranks is None else shared
+
+    def mean(logits: Tensor, targets: Tensor) -> Tensor:
+        check_ids("targets", that_count(targets), 2, config.vocab, "vocab", logits.device)
+        return total(logits, targets) / max(1, counted(targets))
+
+    return mean
 
 
 def stages_of(whole: Transformer, n: int, costs: Sequence[float] | None) -> list[Stage]:

@@ -18,7 +18,7 @@ _NAME = re.compile(r"(F|B|W|BW) of microbatch (\d+) in stage (\d+)")  # as Op pr
 
 
 class Measured(NamedTuple):
-    """Seconds of each stage: `simulate(schedule, *measured(ranks))`. A BW is `b`, with a `w` of 0."""
+    """Seconds of each stage: `simulate(schedule, *measured(ranks))`. Where B and W are one, BW is `b`, and `w` 0."""
 
     f: list[float]
     b: list[float]
@@ -36,17 +36,21 @@ def operations(spans: Sequence[Span]) -> list[tuple[Op, float, float]]:
 
 
 def measured(ranks: Ranks) -> Measured:
-    """The median time of each stage's operations in the spans of all ranks (`mlsys.parallel.timeline.gather`)."""
+    """The mean time of each stage's operations in the spans of all ranks (`mlsys.parallel.timeline.gather`).
+
+    A step is as long as the sum of what lies on its longest path, to which a mean is true and a median is not: it
+    would leave out the operations that were interrupted. Give the spans of one step, to compare with that step.
+    """
     seconds: dict[tuple[str, int], list[float]] = {}
     for spans in ranks:
         for op, start, end in operations(spans):
-            kind = "B" if op.kind == "BW" else op.kind
-            seconds.setdefault((kind, op.stage), []).append(end - start)
+            seconds.setdefault((op.kind, op.stage), []).append(end - start)
     if not seconds:
         raise ValueError("ranks has no spans of a pipeline's operations: pass Pipeline(…, timeline=…), and run a step")
     stages = 1 + max(stage for _, stage in seconds)
+    means = {place: statistics.fmean(each) for place, each in seconds.items()}
 
-    def medians(kind: str) -> list[float]:
-        return [statistics.median(seconds.get((kind, stage), [0.0])) for stage in range(stages)]
+    def of(kind: str, instead: str = "") -> list[float]:
+        return [means.get((kind, stage), means.get((instead, stage), 0.0)) for stage in range(stages)]
 
-    return Measured(medians("F"), medians("B"), medians("W"))
+    return Measured(of("F"), of("B", "BW"), of("W"))

@@ -42,6 +42,16 @@ from mlsys.perf.configs import Config
 IGNORED = -100  # a target that does not count: torch's ignore_index
 
 
+def that_count(targets: Any) -> Any:
+    """Targets with 0 in place of those that do not count, to be checked; what is no tensor as it is."""
+    return targets.masked_fill(targets == IGNORED, 0) if isinstance(targets, Tensor) else targets
+
+
+def counted(targets: Tensor) -> int:
+    """How many targets count."""
+    return targets.numel() - int((targets == IGNORED).sum())
+
+
 class TensorParallel(Transformer):
     """A transformer of which this rank holds its share; made by `mlsys.parallel.tensor.parallelize`.
 
@@ -107,8 +117,7 @@ class TensorParallel(Transformer):
         Logits stay where they are: each rank has its columns, and three numbers a token are all that is sent.
         Targets of −100 do not count, as for `F.cross_entropy`: the mean is over all others.
         """
-        counted = targets.masked_fill(targets == IGNORED, 0) if isinstance(targets, Tensor) else targets
-        check_ids("targets", counted, 2, self.config.vocab, "vocab", self.token_embedding.weight.device)
+        check_ids("targets", that_count(targets), 2, self.config.vocab, "vocab", self.token_embedding.weight.device)
         if targets.shape != tokens.shape:
             raise ValueError(f"targets must have the shape of tokens {tuple(tokens.shape)}, got {tuple(targets.shape)}")
         x = self._stream(tokens, None, None)

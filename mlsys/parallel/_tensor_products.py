@@ -9,7 +9,8 @@ As one autograd function each they can do what the operators one by one cannot:
 - of an input that is cut, the part is kept for the backward pass, not what was gathered;
 - in a pipeline whose schedule has B and W apart, the weights' gradient is put off as that of a plain linear layer
   (`_weight_gradients`). B has the sums that the rank before waits for, and no product to hide them behind; an input
-  that is cut is gathered again in W, so that no more than the part is kept until then.
+  that is cut is gathered again in W, so that no more than the part is kept until then. By rows it is the gradient
+  that was gathered, for B, and it is kept whole: sent once more it would cost as much as the layer's forward pass.
 
 See also:
     `mlsys.parallel._tensor_operators` (f, f̄, g, ḡ), `mlsys.parallel._tensor_layers` (the layers),
@@ -48,11 +49,11 @@ def columns(
     leaves: the parameters that weights and biases are, or of which they are a slice or `shared` (None: themselves).
             They say what can be put off; a weight that is computed in another way is a leaf of nothing.
     """
+    if group.size == 1:  # the weights as they are, so that plain linear layers may be put off and cast
+        return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
     leaves = [*weights, *biases] if leaves is None else leaves
     store = store_here(x)
     x, weights, biases = _same_dtype(x, weights, biases)
-    if group.size == 1:
-        return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
     late, start, parameters = _put_off(store, x, [*weights, *biases], leaves)
     return _Columns.apply(x, start, group, cut, late, len(weights), *parameters)
 
@@ -111,10 +112,10 @@ def rows(x: Tensor, weight: Tensor, bias: Tensor | None, group: Ranks, *, cut: b
     If `cut`, the result is this rank's part along the first dimension, and the bias, of which every
     rank has a copy but sees its part only, gets the sum of all ranks' gradients.
     """
-    leaves, store = [weight, bias], store_here(x)
-    x, (weight,), (bias,) = _same_dtype(x, [weight], [bias])
     if group.size == 1:
         return F.linear(x, weight, bias)
+    leaves, store = [weight, bias], store_here(x)
+    x, (weight,), (bias,) = _same_dtype(x, [weight], [bias])
     if cut:
         check_rows(x, group)
         bias = None if bias is None else f(bias, group)

@@ -20,6 +20,8 @@ not concerned.
 
 Memory:
     x is kept by the forward pass anyway; between B and W it is joined by g. All else of the graph goes with B.
+    W has the gradients of all the stage's weights beside `.grad` for a moment, where a backward pass has one after the
+    other: they go to autograd together, so that a weight that is used twice has its hooks called once, with the sum.
 
 See also:
     `mlsys.parallel.pipeline` (who puts off), `mlsys.parallel.schedules` (what for), `mlsys.parallel._tensor_products`

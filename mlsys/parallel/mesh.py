@@ -31,8 +31,8 @@ Megatron-LM.
 
 **What has to be true** for the gradients to be those of one process, beside what each part sees to by itself:
 
-- Replicas with more tokens count more. The mean over all N tokens is Σᵢ (nᵢ/N) meanᵢ, so replica i, of which the
-  all-reduce takes the mean, multiplies its loss with dp·nᵢ/N.
+- Replicas with more tokens count more. The mean over all N tokens that have a target is Σᵢ (nᵢ/N) meanᵢ, so replica i,
+  of which the all-reduce takes the mean, multiplies its loss with dp·nᵢ/N.
 - Gradients travel between replicas once a step, and not once a microbatch.
 - Each share meets only its like: ranks of a dp group have the same stage and the same share. A weight that several
   stages have, as a tied embedding, is averaged over replicas, then added up over stages.
@@ -90,7 +90,7 @@ from mlsys.parallel._mesh_replicas import (
 )
 from mlsys.parallel._mesh_source import Source, agreed, check_batch, check_zero
 from mlsys.parallel._mesh_stages import check_whole, loss_of, opened, stages_of, take
-from mlsys.parallel._tensor_model import TensorParallel
+from mlsys.parallel._tensor_model import TensorParallel, counted
 from mlsys.parallel._tensor_operators import Ranks
 from mlsys.parallel._tensor_shards import check_divides, cut_of
 from mlsys.parallel.collectives import Communicator, all_gather, all_reduce, broadcast
@@ -198,6 +198,8 @@ class Parallel:
 
     def step(self, tokens: Any, targets: Any) -> Tensor:
         """Gradients of the mean loss over all tokens of all replicas, added to what is there; returns that mean.
+
+        Targets of −100 do not count, as for `F.cross_entropy`: the mean is over all others, wherever they are.
 
         tokens, targets: (b, t), this replica's part of the batch, the same on all its ranks; or lists of the
                          microbatches. Replicas may have different numbers of sequences.
@@ -336,7 +338,7 @@ class Parallel:
             schedule,
             lambda output, targets: loss(output, targets) * self._weight,
             self.mesh.get_group("pp"),
-            count=lambda targets: targets.numel(),
+            count=lambda targets: counted(targets) if self._weight else 1,  # where none counts, all are 0
             timeline=timeline,
         )
         tied = [p for name, p in self._named() if len(owners[name]) > 1]
@@ -377,6 +379,8 @@ class Parallel:
             raise error
         if row[1].item():
             raise ValueError("another replica has a batch that cannot be used, and says why: nothing was sent")
+        if not row[0].item():
+            raise ValueError("targets are −100 in all replicas: there is nothing to take the mean of")
         return float(number), float(row[0].item())
 
     def _compare(self, tokens: Any, error: Exception | None) -> None:

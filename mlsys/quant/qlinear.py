@@ -203,6 +203,7 @@ def qlinear(
 
     Sums are float32 (float64 where x is). The result has a gradient in x and bias if x stays float.
     ValueError for shapes that do not fit, tensors on different devices, or a path that cannot be: the message says why.
+    RuntimeError from Triton's path while a CUDA graph is captured, if it is not tuned for these shapes: call it before.
     """
     call, rows = _checked(x, qw, bias, path, activations)
     name = _chosen(call, path)
@@ -424,6 +425,8 @@ def _triton_refuses(call: _Call) -> str | None:
         return f"x must be float32, bfloat16 or float16, and is {str(call.x.dtype).removeprefix('torch.')}"
     if call.integers and call.qw.scheme.group_size(call.qw.columns) > INT_MM_COLUMNS:
         return f"sums of {call.qw.scheme.group_size(call.qw.columns)} products do not fit into its 32 bits"
+    if call.x.device.type == "cuda" and (have := torch.cuda.get_device_capability(call.x.device)) < (8, 0):
+        return f"it needs compute capability 8.0, and this GPU has {have[0]}.{have[1]}"
     return "it has no gradient, and x needs one" if _needs_gradient(call) else None
 
 
@@ -511,7 +514,8 @@ def _chosen(call: _Call, path: Path) -> str:
 def _order(call: _Call) -> tuple[str, ...]:
     """Paths from the fastest on, as measured (see docs/quant/qlinear.md); on a GPU, not measured: the fewest bytes."""
     if call.x.device.type == "cuda":
-        return ("triton", "int_mm", "reference") if call.integers else ("triton", "dequantize", "reference")
+        compiled = () if _interpreted() else ("triton",)
+        return (*compiled, "int_mm" if call.integers else "dequantize", "reference")
     if call.integers:
         # Without VNNI our loops are plain, and torch's product of many rows is not
         plain = call.w.native is None or not _native.vectorised(call.w.native, True)
@@ -523,6 +527,15 @@ def _order(call: _Call) -> tuple[str, ...]:
         return ("dequantize", "reference")
     packed = ("int4pack",) if call.w.packed else ()  # packed at each call, it would take longer than all others
     return ("native", "int8pack", *packed, "dequantize", "reference")
+
+
+def _interpreted() -> bool:
+    """Whether Triton's kernels would run one program after the other, in NumPy, also for tensors on a GPU."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from mlsys.kernels._triton import INTERPRETED
+
+    return bool(INTERPRETED.value)
 
 
 def _how(name: str, call: _Call) -> str:
@@ -558,7 +571,7 @@ def _slower(other: str, name: str, call: _Call) -> str:
     if other == "reference":
         return "it is plain torch, to compare with"
     if other == "triton":
-        return f"x is on {call.x.device}, where its kernels run under Triton's interpreter, and if asked for by name"
+        return f"for x on {call.x.device} its kernels run under Triton's interpreter, and only if asked for by name"
     if name == "triton":
         return "it moves more bytes, or launches more kernels; not yet measured on a GPU"
     if other == "dequantize":

@@ -336,6 +336,32 @@ def test_accumulation_and_the_mean_over_all_tokens():
     launch(accumulated, 2, timeout=60)
 
 
+def ignored():
+    """Targets of −100 here and there, in a whole microbatch, and in a whole replica; none in the last round."""
+    whole = model_of("llama")
+    for shape, sequence_parallel in (((2, 2, 1), False), ((2, 1, 2), True), ((4, 1, 1), False)):
+        grid = mesh(*shape)
+        model = Parallel(whole, grid, one_f_one_b(shape[1], 2), sequence_parallel=sequence_parallel)
+        tokens, targets = batch("llama")
+        for rows, columns in ((slice(None), slice(2)), (slice(3), slice(None)), (slice(5), slice(None))):
+            targets[rows, columns] = -100
+            whole.zero_grad()
+            model.optimizer(torch.optim.SGD).zero_grad()
+            want = mean_loss(whole, tokens, targets)
+            want.backward()
+            close(model.step(*model.part(tokens, targets)), want)
+            gradients(model, whole)
+            close(model.evaluate(*model.part(tokens, targets)), want)
+        with pytest.raises(ValueError, match="targets are −100 in all replicas"):
+            model.step(*model.part(tokens, torch.full_like(targets, -100)))
+        close(model.step(*model.part(tokens, targets)), want)
+        model.close()
+
+
+def test_targets_that_do_not_count():
+    launch(ignored, 4, timeout=120)
+
+
 def frozen():
     whole = model_of("gpt")
     whole.blocks[0].requires_grad_(False)

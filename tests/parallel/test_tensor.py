@@ -391,6 +391,7 @@ def autocast_where_w_is_apart():
         pairs[0][1](pairs[0][0](x)).sum().backward()
         with deferring(store):
             pairs[1][1](pairs[1][0](x)).sum().backward()
+    assert all(p.grad is None for layer in pairs[1] for p in layer.parameters() if p.ndim == 2)
     store.run()
     for one, other in zip(*pairs, strict=True):
         for p, q in zip(one.parameters(), other.parameters(), strict=True):

@@ -351,8 +351,11 @@ def test_a_cache_folder_that_cannot_be_made_is_reported_and_torch_does_it(monkey
         qlinear(x, q, path="native")
 
 
-def test_on_a_gpu_triton_is_taken_and_int_mm_only_for_the_shapes_that_cuda_has():
+def test_on_a_gpu_triton_is_taken_and_int_mm_only_for_the_shapes_that_cuda_has(monkeypatch):
     """Decided by shapes alone, so tensors without numbers do."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    tl = pytest.importorskip("triton.language")
+    monkeypatch.setattr("mlsys.kernels._triton.INTERPRETED", tl.constexpr(False))
     with FakeTensorMode():
         for m, n, k in ((17, 16, 64), (16, 16, 64), (17, 12, 64), (17, 16, 60)):
             codes, scale = torch.empty(n, k, dtype=torch.uint8, device="cuda"), torch.empty(n, 1, device="cuda")

@@ -3,12 +3,14 @@
 import dataclasses
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -98,7 +100,8 @@ def test_sums_of_a_long_row_need_all_of_int32():
     q = weight(1, k, "int8")
     q = dataclasses.replace(q, codes=torch.full_like(q.codes, 127), scale=torch.ones_like(q.scale))
     x = torch.full((1, k), 127.0, device=DEVICE)
-    one = config(BLOCK_M=16, BLOCK_N=16, BLOCK_K=8192, SPLIT=2, warps=8, stages=1)
+    block = 8192 if DEVICE == "cpu" else 128  # the interpreter takes its time for each step
+    one = config(BLOCK_M=16, BLOCK_N=16, BLOCK_K=block, SPLIT=2, warps=8, stages=1)
     assert float(qlinear_triton.qlinear(x, q, activations="int8", config=one)) == 127 * 127 * k
     longer = QuantizedTensor(
         torch.zeros(1, k + 8, dtype=torch.uint8), torch.ones(1, 1), None, (1, k + 8), Scheme("int8")
@@ -261,11 +264,13 @@ def test_qlinear_takes_it_by_name_and_explain_says_so():
     prepared = prepare(q, "triton")
     assert torch.equal(qlinear(x, prepared, path="triton"), qlinear_triton.qlinear(x, q))
     if DEVICE == "cpu":
-        assert "not triton: x is on cpu, where its kernels run under Triton's interpreter" in explain(x, q)
+        assert "not triton: for x on cpu its kernels run under Triton's interpreter" in explain(x, q)
 
 
-def test_on_a_gpu_it_is_taken_where_it_can_be():
+def test_on_a_gpu_it_is_taken_where_it_can_be(monkeypatch):
     """Decided by device and format alone, so tensors without numbers do."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(_triton, "INTERPRETED", tl.constexpr(False))
     with FakeTensorMode():
         for scheme, dtype, integers, path in (
             ("int4:g128", torch.bfloat16, None, "triton"), ("int8", torch.float32, "int8", "triton"),
@@ -282,6 +287,21 @@ def test_on_a_gpu_it_is_taken_where_it_can_be():
             said = explain(torch.empty(3, 128, dtype=dtype, device="cuda"), q, activations=integers)
             assert said.startswith(f"{path}:")
             assert ("not triton:" in said) == (path != "triton")
+
+
+def test_on_a_gpu_it_is_not_taken_if_interpreted_or_for_a_gpu_that_is_too_old(monkeypatch):
+    for capability, interpreted, why in (
+        ((8, 0), True, "not triton: for x on cuda.* its kernels run under Triton's interpreter"),
+        ((7, 5), False, "not triton: it needs compute capability 8.0, and this GPU has 7.5"),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, have=capability: have)
+        monkeypatch.setattr(_triton, "INTERPRETED", tl.constexpr(interpreted))
+        with FakeTensorMode():
+            codes, scale = torch.empty(16, 64, dtype=torch.uint8, device="cuda"), torch.empty(16, 1, device="cuda")
+            q = QuantizedTensor(codes, scale, None, (16, 64), Scheme("int8"))
+            said = explain(torch.empty(3, 64, device="cuda"), q)
+        assert said.startswith("dequantize:")
+        assert re.search(why, said)
 
 
 def multiplied(x, scheme):
