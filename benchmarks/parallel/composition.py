@@ -14,8 +14,8 @@ the ways to share four. The pipeline runs 1F1B with 8 microbatches and waits 3/1
 on four stages, 1/9 on two; but a waiting rank leaves its core to another.
 
 Peers: torch's own for each mesh: DistributedDataParallel, `torch.distributed.pipelining`
-(1F1B), DTensor tensor parallelism with `loss_parallel`; pipelining over DDP replicas, FSDP2
-over DTensor. Pipeline × tensor and ZeRO inside a mesh have no peer here.
+(1F1B), DTensor tensor parallelism with `loss_parallel`; pipelining over DDP replicas or over
+DTensor (with whole logits in the last stage), FSDP2 over DTensor; `ZeroRedundancyOptimizer`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import Replicate, Shard
 
 from mlsys.bench import Benchmark, Impl, Plot, Work
 from mlsys.bench.ranks import size
@@ -176,7 +177,7 @@ class Torch:
         from torch.distributed.device_mesh import init_device_mesh
 
         self.given = given
-        self.dp, self.pp, self.tp, _ = MESHES[given.case["mesh"]]
+        self.dp, self.pp, self.tp, zero = MESHES[given.case["mesh"]]
         self.mesh = init_device_mesh("cpu", (self.pp, self.dp, self.tp), mesh_dim_names=("pp", "dp", "tp"))
         replica = self.mesh.get_local_rank("dp")
         self.x, self.y = (one.chunk(self.dp)[replica] for one in (given.tokens, given.targets))
@@ -185,13 +186,21 @@ class Torch:
         if self.pp > 1:
             module = self._pipelined(model)
         else:
-            module = self._replicated(self._cut(model) if self.tp > 1 else model)
+            module = self._replicated(self._cut(_Called(model), "model.", Shard(-1)) if self.tp > 1 else model)
         self.module = module
+        self.optimizer = self._optimizer(module, zero)
+
+    def _optimizer(self, module: nn.Module, zero: int) -> torch.optim.Optimizer:
+        options: dict[str, Any] = {"lr": 0.02, "momentum": 0.9, "foreach": True}
+        if zero:
+            from torch.distributed.optim import ZeroRedundancyOptimizer
+
+            replicas = self.mesh.get_group("dp")
+            return ZeroRedundancyOptimizer(module.parameters(), torch.optim.SGD, process_group=replicas, **options)
         kinds: dict[type, list[torch.Tensor]] = {}
         for parameter in module.parameters():  # foreach wants DTensors and others apart
             kinds.setdefault(type(parameter), []).append(parameter)
-        groups = [{"params": some} for some in kinds.values()]
-        self.optimizer = torch.optim.SGD(groups, lr=0.02, momentum=0.9, foreach=True)
+        return torch.optim.SGD([{"params": some} for some in kinds.values()], **options)
 
     def _replicated(self, model: nn.Module) -> nn.Module:
         if self.dp == 1:
@@ -207,13 +216,14 @@ class Torch:
         from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
         index, count = self.mesh.get_local_rank("pp"), self.pp
-        module = self._replicated(split(model, count)[index])
+        part = split(model, count)[index]
+        module = self._replicated(self._cut(_CalledStage(part), "stage.", Replicate()) if self.tp > 1 else part)
         stage = PipelineStage(module, index, count, self.given.tokens.device, group=self.mesh.get_group("pp"))
         self.runner = Schedule1F1B(stage, MICROBATCHES, loss_fn=loss_of)
         return module
 
-    def _cut(self, model: Transformer) -> nn.Module:
-        from torch.distributed.tensor import Replicate, Shard
+    def _cut(self, module: nn.Module, layers: str, logits: Any) -> nn.Module:
+        """The module with its matrices as DTensors; those of its layers have names that begin with `layers`."""
         from torch.distributed.tensor.parallel import (
             ColwiseParallel,
             PrepareModuleInput,
@@ -222,11 +232,11 @@ class Torch:
         )
 
         plan: dict[str, Any] = {
-            "token_embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()),
-            "head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False),
+            f"{layers}token_embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()),
+            "head": ColwiseParallel(output_layouts=logits, use_local_output=logits == Replicate()),
         }
         for layer in range(self.given.case["layers"]):
-            here = f"blocks.{layer}."
+            here = f"{layers}blocks.{layer}."
             for name in ("attention.q", "attention.k", "attention.v", "mlp.gate", "mlp.up"):
                 plan[here + name] = ColwiseParallel()
             for name, extra in (("attention", 3), ("mlp", 0)):
@@ -235,7 +245,8 @@ class Torch:
                     input_layouts=(Replicate(), *[None] * extra), desired_input_layouts=(Replicate(), *[None] * extra)
                 )
                 plan[here + {"attention": "attention.o", "mlp": "mlp.down"}[name]] = RowwiseParallel()
-        return _Called(parallelize_module(model, self.mesh["tp"], plan))
+        there = {name for name, _ in module.named_modules(remove_duplicate=False)}
+        return parallelize_module(module, self.mesh["tp"], {name: how for name, how in plan.items() if name in there})
 
     def __call__(self) -> torch.Tensor | None:
         if self.pp > 1:
@@ -268,11 +279,24 @@ class _Called(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.head = model, model.head
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model.head(self.model.hidden(tokens))
+        logits: torch.Tensor = self.head(self.model.hidden(tokens))
         return logits
+
+
+class _CalledStage(nn.Module):
+    """The same of a pipeline's stage."""
+
+    def __init__(self, stage: Any) -> None:
+        super().__init__()
+        self.stage, self.norm, self.head = stage, stage.norm, stage.head
+        stage.norm = stage.head = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stage(x)
+        return x if self.head is None else self.head(self.norm(x))
 
 
 # --- calls ------------------------------------------------------------------------------------------------------------
@@ -324,12 +348,6 @@ def verify(case: Case, given: Inputs, got: Result, want: Result) -> tuple[float,
     return max(0.0 if math.isnan(g) else abs(g - w) / abs(w) for g, w in pairs), ALLOWED
 
 
-def torch_has_it(case: Case) -> bool:
-    """In a few lines."""
-    _, pp, tp, zero = MESHES[case["mesh"]]
-    return case["ranks"] > 1 and not zero and not (pp > 1 and tp > 1)
-
-
 QUICK = [case(name, width=128, layers=2) for name in ("dp2", "dp2 x pp2", "pp2 x tp2")]
 DEFAULT = [case(name) for name in MESHES]
 WIDER = [case(name, width=512) for name in ("dp4", "tp4", "dp2 x tp2")]
@@ -345,7 +363,7 @@ bench = Benchmark(
     impls={
         "one process": Impl(lambda: Whole, "reference"),
         "mesh": Impl(lambda: Ours, "ours"),
-        "torch": Impl(lambda: Torch, "peer", only=torch_has_it),
+        "torch": Impl(lambda: Torch, "peer", only=lambda case: case["ranks"] > 1),
     },
     subject="mesh",
     prepare=lambda function, case, given: Call(function, given),

@@ -54,7 +54,9 @@ Where it loses: on a CPU below some 500 keys it is no faster than `naive`. On a
 GPU every line below is a kernel launch per tile: the result is right and the
 memory linear, but the point of the paper, tiles that stay on chip, needs one
 fused kernel. In bfloat16 the scores are rounded to 16 bits, as `naive` rounds
-them; fused kernels keep them in float32 and err about half as much. float16 is
+them; fused kernels keep them in float32. With scores of about 1 those err half as
+much, with large ones far less: at 64 a bfloat16 is off by up to 1/4, and so is, as
+a share, the weight. float16 is
 computed in float32 on a CPU, which has no fast float16 arithmetic.
 
 Papers:

@@ -181,7 +181,8 @@ def check(
 ) -> Verdict:
     """Run every case of `contract` on `impl`, up to the first that fails.
 
-    Inputs are drawn anew for each case from `seed`, and must come back unchanged.
+    Inputs are drawn anew for each case from `seed`, and must come back unchanged; a second call must leave the result
+    of the first as it is.
     `on_case(index, case)` is called before each case (progress, or a watchdog's mark);
     `on_failure(failure)` as soon as one has failed, before the search for a hint.
     An exception or `sys.exit` in `impl` is a failure of that case; KeyboardInterrupt passes through.
@@ -190,8 +191,11 @@ def check(
     for index, case in enumerate(contract.cases):
         if on_case:
             on_case(index, case)
-        got, conduct = _run(contract, impl, index, seed, device)
+        kept: dict[str, Any] = {}
+        got, conduct = _run(contract, impl, index, seed, device, kept)
         problem = conduct if got is None or conduct else contract.verify(_inputs(contract, index, seed, device), got)
+        if index == 0 and got is not None and not problem:
+            problem = conduct = _overwritten(contract, impl, seed, device, got, kept)
         if problem:
             failure = Failure(dict(case), shapes(_inputs(contract, index, seed, device)), problem)
             if on_failure:
@@ -208,22 +212,44 @@ def _inputs(contract: Contract, index: int, seed: int, device: str) -> Inputs:
 
 
 def _run(
-    contract: Contract, impl: Callable[..., Any], index: int, seed: int, device: str
+    contract: Contract, impl: Callable[..., Any], index: int, seed: int, device: str, kept: dict[str, Any] | None = None
 ) -> tuple[Results | None, str | None]:
-    """One case: the results (None if there are none), and what broke the contract before any number was looked at."""
+    """One case: the results (None if there are none), and what broke the contract before any number was looked at.
+
+    kept: gets the results as they were returned.
+    """
     inputs = _inputs(contract, index, seed, device)
     try:
         got = contract.call(impl, inputs)
-        arrays = {name: _result(name, value) for name, value in got.items()}
+        arrays = {name: np.array(_result(name, value)) for name, value in got.items()}
+        if kept is not None:
+            kept |= got
     except Mismatch as broken:
         return None, str(broken)
     except (Exception, SystemExit) as error:  # whatever someone's code raises is an answer, not a crash of the check
         file = source_file(impl)
         where = raised_at(error, file) if file else None
-        return None, f"raised {one_line(error)}" + (f", at {where}" if where else "")
+        told = f", at {where}" if where else ""
+        if isinstance(error, TypeError) and file and not where:  # on the way in or out
+            told = f"; it is called as {contract.signature}"
+        return None, f"raised {one_line(error)}{told}"
     fresh = _inputs(contract, index, seed, device)
     changed = [name for name in fresh if not unchanged(fresh[name], inputs[name])]
     return arrays, f"modified its argument {', '.join(changed)} in place" if changed else None
+
+
+def _overwritten(
+    contract: Contract, impl: Callable[..., Any], seed: int, device: str, first: Results, kept: Mapping[str, Any]
+) -> str | None:
+    """What is wrong if a second call, with other numbers, changes the tensors that the first returned."""
+    tensors = {name: value for name, value in kept.items() if hasattr(value, "detach")}
+    if not tensors:
+        return None
+    _run(contract, impl, 0, seed + 1, device)
+    changed = [name for name, value in tensors.items() if not unchanged(first[name], _result(name, value))]
+    if not changed:
+        return None
+    return f"a second call changes what the first returned ({', '.join(changed)}): return new memory each time"
 
 
 def _alike(

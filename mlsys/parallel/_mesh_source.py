@@ -130,14 +130,18 @@ def check_batch(tokens: Any, targets: Any, config: Config, microbatches: int, n:
         raise ValueError(f"tokens has {len(tokens)} sequences, too few for {microbatches} microbatches: take more")
     if any(len(one) == 0 for one in some):
         raise ValueError("tokens has a microbatch without sequences: leave it out, with a schedule of fewer")
-    wanted = [] if targets is None else targets if isinstance(targets, list) else [targets]
-    if targets is not None and [one.shape for one in wanted] != [one.shape for one in some]:
+    wanted = targets if isinstance(targets, list) else [targets]
+    for one in wanted:  # of a rank that does not count them the others would wait for ever
+        if not isinstance(one, Tensor) or one.is_meta:
+            what = "a tensor without numbers" if isinstance(one, Tensor) else type(one).__name__
+            raise TypeError(f"targets must be tensors (b, t), on every rank, as each counts them, got {what}")
+    if [one.shape for one in wanted] != [one.shape for one in some]:
         raise ValueError(
             f"targets must have the shapes of tokens {[tuple(one.shape) for one in some]}, got "
             f"{[tuple(one.shape) for one in wanted]}"
         )
-    for name, ids in (("tokens", some), ("targets", wanted)):
-        for one in ids:
-            if not one.is_meta:
-                check_ids(name, that_count(one) if ids is wanted else one, 2, config.vocab, "vocab", one.device)
-    return sum(one.numel() if one.is_meta else counted(one) for one in wanted or some)
+    for one, other in zip(some, wanted, strict=True):
+        if not one.is_meta:
+            check_ids("tokens", one, 2, config.vocab, "vocab", one.device)
+        check_ids("targets", that_count(other), 2, config.vocab, "vocab", other.device)
+    return sum(counted(one) for one in wanted)

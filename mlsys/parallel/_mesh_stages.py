@@ -87,7 +87,7 @@ def loss_of(config: Config, ranks: Ranks | None, sequence_parallel: bool) -> Cal
     def whole(logits: Tensor, targets: Tensor) -> Tensor:
         wide = torch.promote_types(logits.dtype, torch.float32)
         rows = logits.flatten(0, 1).to(wide)
-        return F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        return F.cross_entropy(rows, targets.flatten().long(), ignore_index=IGNORED, reduction="sum")
 
     def shared(logits: Tensor, targets: Tensor) -> Tensor:
         assert ranks is not None

@@ -50,7 +50,10 @@ def measured(ranks: Ranks) -> Measured:
     stages = 1 + max(stage for _, stage in seconds)
     means = {place: statistics.fmean(each) for place, each in seconds.items()}
 
-    def of(kind: str, instead: str = "") -> list[float]:
-        return [means.get((kind, stage), means.get((instead, stage), 0.0)) for stage in range(stages)]
-
-    return Measured(of("F"), of("B", "BW"), of("W"))
+    f, w = ([means.get((kind, stage), 0.0) for stage in range(stages)] for kind in ("F", "W"))
+    b = []
+    for stage in range(stages):  # of a stage that has both, BW is taken for B and W one after the other
+        apart, whole = seconds.get(("B", stage), []), seconds.get(("BW", stage), [])
+        rest = sum(apart) + sum(whole) - len(whole) * w[stage]
+        b.append(max(0.0, rest / max(1, len(apart) + len(whole))))
+    return Measured(f, b, w)

@@ -362,7 +362,7 @@ class Parallel:
         return total.reshape(())
 
     def _counted(self, tokens: Any, targets: Any) -> tuple[float, float]:
-        """Tokens of this replica and of all; an error of one replica is raised in all, before anything is sent."""
+        """Targets of this replica and of all; an error on one rank is raised on all, before anything is sent."""
         error: Exception | None = None
         number = 0
         try:
@@ -370,28 +370,30 @@ class Parallel:
         except (TypeError, ValueError) as found:
             error = found
         if not self._compared:
-            self._compare(tokens, error)
-            self._compared = True
+            self._compared = self._compare(tokens, error)
         row = torch.tensor([float(number), float(error is not None)], dtype=torch.float64, device=self.pipeline.device)
-        if self.grid.dp > 1:
-            all_reduce(row, self._dp, algorithm=self._algorithm, check=False)
+        if self.grid.ranks > 1:
+            all_reduce(row, None, check=False)
         if error is not None:
             raise error
         if row[1].item():
-            raise ValueError("another replica has a batch that cannot be used, and says why: nothing was sent")
+            raise ValueError("another rank has a batch that cannot be used, and says why: nothing was sent")
         if not row[0].item():
             raise ValueError("targets are −100 in all replicas: there is nothing to take the mean of")
-        return float(number), float(row[0].item())
+        return float(number), float(row[0].item()) / (self.grid.pp * self.grid.tp)
 
-    def _compare(self, tokens: Any, error: Exception | None) -> None:
-        """Refuse, once, ranks of one replica that have different tokens: as of a loader that counts all ranks."""
+    def _compare(self, tokens: Any, error: Exception | None) -> bool:
+        """Refuse, once, ranks of one replica that have different tokens: as of a loader that counts all ranks.
+
+        Whether there was something to compare on every rank.
+        """
         some = tokens if isinstance(tokens, list) else [tokens]
         known = error is None and not any(one.is_meta for one in some)
         text = b"".join(one.detach().cpu().contiguous().numpy().tobytes() for one in some) if known else b""
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (self.place.dp, zlib.crc32(text) if known else None))
+        dist.all_gather_object(everyone, (self.place.dp, zlib.crc32(text) if known else None, error is None))
         first: dict[int, tuple[int, int]] = {}
-        for rank, (replica, checksum) in enumerate(everyone):
+        for rank, (replica, checksum, _) in enumerate(everyone):
             if checksum is None:
                 continue
             other, expected = first.setdefault(replica, (rank, checksum))
@@ -400,6 +402,7 @@ class Parallel:
                     f"tokens on rank {rank} differ from those on rank {other}, and both are of replica {replica}: its "
                     'ranks work on one batch, so let the loader count by mesh.get_local_rank("dp"), or use part()'
                 )
+        return all(fine for *_, fine in everyone)
 
     @property
     def _cut_into(self) -> int:

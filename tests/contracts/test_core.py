@@ -322,6 +322,22 @@ def test_keyboard_interrupt_passes_through():
         check(constant(lambda: 1.0), interrupted)
 
 
+def test_a_buffer_that_is_used_again_is_told():
+    buffer = {}
+
+    def cached(a, b):
+        return torch.matmul(a, b, out=buffer.setdefault((a.dtype, a.shape[0], b.shape[1]), a.new_empty(0)))
+
+    verdict = check(find("kernels.matmul"), cached)
+    assert verdict.cases == 1
+    assert "a second call changes what the first returned (c): return new memory each time" in str(verdict.failure)
+
+
+def test_wrong_number_of_arguments_is_told_with_the_signature():
+    verdict = check(toy.SOFTMAX, lambda x: x)
+    assert "unexpected keyword argument 'temperature'; it is called as softmax(x, *, temp" in verdict.failure.message
+
+
 def test_modified_argument_is_named():
     def greedy(x, *, temperature):
         out = toy.softmax(x, temperature=temperature)

@@ -339,18 +339,24 @@ def test_accumulation_and_the_mean_over_all_tokens():
 def ignored():
     """Targets of −100 here and there, in a whole microbatch, and in a whole replica; none in the last round."""
     whole = model_of("llama")
-    for shape, sequence_parallel in (((2, 2, 1), False), ((2, 1, 2), True), ((4, 1, 1), False)):
+    for shape, sequence_parallel, zero in (
+        ((2, 2, 1), False, None), ((2, 1, 2), True, None), ((4, 1, 1), False, None), ((1, 2, 2), True, None),
+        ((2, 2, 1), False, 1), ((2, 1, 2), False, 2),
+    ):  # fmt: skip
         grid = mesh(*shape)
-        model = Parallel(whole, grid, one_f_one_b(shape[1], 2), sequence_parallel=sequence_parallel)
+        model = Parallel(whole, grid, one_f_one_b(shape[1], 2), sequence_parallel=sequence_parallel, zero=zero)
+        optimizer = model.optimizer(torch.optim.SGD, lr=0.0)
         tokens, targets = batch("llama")
         for rows, columns in ((slice(None), slice(2)), (slice(3), slice(None)), (slice(5), slice(None))):
             targets[rows, columns] = -100
             whole.zero_grad()
-            model.optimizer(torch.optim.SGD).zero_grad()
+            optimizer.zero_grad()
             want = mean_loss(whole, tokens, targets)
             want.backward()
-            close(model.step(*model.part(tokens, targets)), want)
-            gradients(model, whole)
+            close(model.step(*model.part(tokens, targets.int())), want)
+            if zero is None:
+                gradients(model, whole)
+            close(model.clip_grad_norm(1e9), torch.nn.utils.clip_grad_norm_(whole.parameters(), 1e9))
             close(model.evaluate(*model.part(tokens, targets)), want)
         with pytest.raises(ValueError, match="targets are −100 in all replicas"):
             model.step(*model.part(tokens, torch.full_like(targets, -100)))
@@ -479,12 +485,15 @@ def refusals():
         ((tokens, targets[:, :6]), "targets must have the shapes"),
         (([tokens], [targets]), "a list of 1"),
         ((tokens, targets + 28), "targets"),
+        ((tokens, targets.numpy()), "targets must be tensors .* on every rank, .* got ndarray"),
+        ((tokens, None), "targets must be tensors"),
+        ((tokens, targets.to("meta")), "a tensor without numbers"),
     ):
         with pytest.raises((TypeError, ValueError), match=words):
             model.step(*bad)
     # What one replica cannot use, all refuse, and the next batch is fine.
     first = model.place.dp == 0
-    with pytest.raises(ValueError, match="too few" if first else "another replica"):
+    with pytest.raises(ValueError, match="too few" if first else "another rank"):
         model.step(*(one[:1] if first else one for one in (tokens, targets)))
     close(model.step(*model.part(tokens, targets)), mean_loss(whole, tokens, targets))
     model.close()
@@ -496,7 +505,11 @@ def test_refusals_come_on_every_rank_and_nothing_hangs():
 
 def other_tokens():
     model = Parallel(model_of("llama"), mesh(1, 2, 1), one_f_one_b(2, 2))
-    model.step(*batch("llama", seed=dist.get_rank()))
+    tokens, targets = batch("llama", seed=dist.get_rank())
+    first = dist.get_rank() == 0
+    with pytest.raises(TypeError if first else ValueError, match="targets must be" if first else "another rank"):
+        model.step(tokens, None if first else targets)  # which leaves the comparison for the next time
+    model.step(tokens, targets)
 
 
 def test_ranks_of_a_replica_must_have_its_batch():
