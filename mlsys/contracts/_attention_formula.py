@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlsys.contracts.core import Inputs, Mismatch, Results
+from mlsys.contracts.core import Inputs, Mismatch, Results, difference, numeric
 
 ROOM = 4.0  # how many times the error of the rounded formula is allowed
 DRAWN, DRAWS = 4096, 64  # small cases are drawn again, until there are as many results or as many draws
 OPTIONS = ("causal", "window", "mask", "alibi", "softcap", "sinks", "scale")
 LEAVES = ("q", "k", "v", "sinks")
+SINGLE = 32 * torch.finfo(torch.float32).eps  # an error that steps in float32 leave, as a part of the largest output
 
 
 def sizes(
@@ -152,6 +153,19 @@ def tolerance(inputs: Inputs, name: str, want: np.ndarray) -> float:
     summed = torch.finfo(torch.promote_types(inputs["q"].dtype, torch.float32)).eps
     largest = max(float(np.abs(want[np.isfinite(want)]).max(initial=0.0)), 1e-3)
     return ROOM * rounding_error(inputs, name, want) + 4 * math.sqrt(terms) * summed * largest
+
+
+def compare(inputs: Inputs, got: np.ndarray, want: np.ndarray, tolerance: float) -> str | None:
+    """As numbers; and what is wrong where the digits that are printed are the same."""
+    problem = numeric(inputs, got, want, tolerance)
+    if not problem or got.shape != want.shape or inputs["q"].dtype != torch.float64:
+        return problem
+    if difference(got, want).max(initial=0.0) > SINGLE * np.abs(want).max(initial=0.0):
+        return problem
+    return (
+        f"{problem}: that is as exact as float32, but the inputs are float64, and so must be every step: "
+        "compute in the wider of their dtype and float32"
+    )
 
 
 # --- calling ----------------------------------------------------------------------------------------------------------

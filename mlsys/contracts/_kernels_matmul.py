@@ -19,12 +19,16 @@ from torch.nn import functional as F
 from mlsys.contracts.core import Case, Contract, Inputs, Mismatch, Results, Wrong
 
 SIGNATURE = "matmul(a (m, k), b (k, n)) -> (m, n)"
-BLOCK = 32  # of the wrong variants' tiles
+BLOCK, SMALL = 32, 16  # of the wrong variants' tiles
 GROUP = 2  # rows of tiles that one of them takes together
 
 
 def case(m: int, n: int, k: int, *, dtype: str = "float32", special: str = "none") -> Case:
-    """One case; `special`: a or b as a view with its axes swapped, a NaN beside zeros, or numbers that only add up."""
+    """One case.
+
+    special: a or b as a view with its axes swapped, a NaN beside zeros, numbers that only add up, or sums whose second
+    half takes away nearly all of the first.
+    """
     return {"m": m, "n": n, "k": k, "dtype": dtype, "special": special}
 
 
@@ -47,6 +51,7 @@ CASES = [
     case(64, 64, 512, dtype="bfloat16", special="positive"),
     case(37, 50, 90, dtype="bfloat16"),
     case(66, 130, 72, dtype="bfloat16", special="b swapped"),
+    case(24, 30, 256, dtype="bfloat16", special="cancelling"),  # what is left is smaller than a rounding of either half
 ]
 
 
@@ -64,6 +69,9 @@ def inputs(case: Case, seed: int, device: str) -> Inputs:
     b = draw(case["k"], case["n"], case["special"] == "b swapped")
     if case["special"] == "positive":  # the sum grows, and with it what a narrow sum loses at each step
         a, b = a.abs(), b.abs()
+    if case["special"] == "cancelling":
+        half = case["k"] // 2
+        a[:, half:], b[half:] = (a[:, :half].float() * (1 + 1 / 64)).to(dtype), -b[:half]
     if case["special"] == "nan":
         a[:, 3] = 0.0
         b[3, 7], b[4, 9] = math.nan, math.inf
@@ -107,10 +115,13 @@ def _tiles(
     a: Tensor,
     b: Tensor,
     *,
+    tile: int = BLOCK,
     first: int = 0,
     k_rounded_down: bool = False,
     rows_rounded_down: bool = False,
+    columns_rounded_down: bool = False,
     narrow: bool = False,
+    round_tiles: bool = False,
     last_twice: bool = False,
     stale: bool = False,
     keep_sums: bool = False,
@@ -122,40 +133,41 @@ def _tiles(
     (m, k), n = a.shape, b.shape[1]
     wide = a.dtype if narrow else torch.promote_types(a.dtype, torch.float32)
     c = a.new_zeros(m, n)
-    end = k // BLOCK * BLOCK if k_rounded_down else k
-    total = a.new_zeros(BLOCK, BLOCK, dtype=wide)
-    for i, j in _places(m // BLOCK * BLOCK if rows_rounded_down else m, n, last_group_full):
-        rows, columns = min(BLOCK, m - i), min(BLOCK, n - j)
+    end = k // tile * tile if k_rounded_down else k
+    total = a.new_zeros(tile, tile, dtype=wide)
+    down, along = m // tile * tile if rows_rounded_down else m, n // tile * tile if columns_rounded_down else n
+    for i, j in _places(down, along, tile, last_group_full):
+        rows, columns = min(tile, m - i), min(tile, n - j)
         if not keep_sums:
             total = torch.zeros_like(total)
         before: Tensor | None = None
-        for at in range(min(first, max(0, end - 1)), end, BLOCK):
-            left = F.pad(a[i : i + BLOCK, at : at + BLOCK], (0, max(0, at + BLOCK - k), 0, BLOCK - rows))
-            right = F.pad(b[at : at + BLOCK, j : j + BLOCK], (0, BLOCK - columns, 0, max(0, at + BLOCK - k)))
+        for at in range(min(first, max(0, end - 1)), end, tile):
+            left = F.pad(a[i : i + tile, at : at + tile], (0, max(0, at + tile - k), 0, tile - rows))
+            right = F.pad(b[at : at + tile, j : j + tile], (0, tile - columns, 0, max(0, at + tile - k)))
             used = before if stale and before is not None else left
             product = _product(used.to(wide), right.to(wide), skip_zeros, narrow)
-            total = total + product
+            total = total + (product.to(c.dtype).to(wide) if round_tiles else product)
             if round_each:
                 total = total.to(c.dtype).to(wide)
-            if last_twice and at + BLOCK >= end:
+            if last_twice and at + tile >= end:
                 total = total + product
             before = left
-        c[i : i + BLOCK, j : j + BLOCK] = total[:rows, :columns].to(c.dtype)
+        c[i : i + tile, j : j + tile] = total[:rows, :columns].to(c.dtype)
     return c
 
 
-def _places(m: int, n: int, last_group_full: bool) -> list[tuple[int, int]]:
+def _places(m: int, n: int, tile: int, last_group_full: bool) -> list[tuple[int, int]]:
     """Where the tiles of a result begin, in the order in which they are computed.
 
     last_group_full: in groups of GROUP rows of tiles, as if the last of them had as many: some are beyond the result.
     """
     if not last_group_full:
-        return [(i, j) for i in range(0, m, BLOCK) for j in range(0, n, BLOCK)]
-    down, along = -(-m // BLOCK), -(-n // BLOCK)
+        return [(i, j) for i in range(0, m, tile) for j in range(0, n, tile)]
+    down, along = -(-m // tile), -(-n // tile)
     found = []
-    for tile in range(down * along):
-        group, inside = divmod(tile, GROUP * along)
-        found.append(((group * GROUP + inside % GROUP) * BLOCK, inside // GROUP * BLOCK))
+    for place in range(down * along):
+        group, inside = divmod(place, GROUP * along)
+        found.append(((group * GROUP + inside % GROUP) * tile, inside // GROUP * tile))
     return [(i, j) for i, j in found if i < m]
 
 
@@ -216,16 +228,48 @@ def _tf32(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
+def _bf16(a: Tensor, b: Tensor) -> Tensor:
+    return (a.bfloat16().float() @ b.bfloat16().float()).to(a.dtype)
+
+
+def _one_by_one(a: Tensor, b: Tensor) -> Tensor:
+    return _product(a, b, skip_zeros=False, narrow=True)
+
+
+def _rounded_products(a: Tensor, b: Tensor) -> Tensor:
+    return (a[:, :, None] * b).float().sum(1).to(a.dtype)
+
+
 def _empty_sum(a: Tensor, b: Tensor) -> Tensor:
     return _right(a, b) if a.shape[1] else torch.full((a.shape[0], b.shape[1]), 7.0, dtype=a.dtype, device=a.device)
 
 
-WRONG = {
-    "no_k_remainder": _wrong(
+# What is forgotten at the edges depends on where they are: with tiles of two sizes.
+EDGES: dict[str, tuple[str, dict[str, bool]]] = {
+    "no_k_remainder": (
         "the last slice of k is shorter than the others, but it counts: round the number of slices up, and load zeros "
         "beyond the edge",
-        k_rounded_down=True,
+        {"k_rounded_down": True},
     ),
+    "edge_rows_dropped": (
+        "the last tile of rows is not full, but it counts: the grid has ⌈m / tile⌉ blocks",
+        {"rows_rounded_down": True},
+    ),
+    "edge_columns_dropped": (
+        "the last tile of columns is not full, but it counts: the grid has ⌈n / tile⌉ blocks",
+        {"columns_rounded_down": True},
+    ),
+    "all_edges_dropped": (
+        "the last tiles of rows, of columns and of k are not full, but they count: round all three numbers up, load "
+        "zeros beyond the edges, and store nothing there",
+        {"k_rounded_down": True, "rows_rounded_down": True, "columns_rounded_down": True},
+    ),
+}
+NARROW = "sum in float32 and round once: bfloat16 has 8 bits, and loses most of what it adds to a sum"
+ROUNDED = "a product of two tiles is rounded to bfloat16 before it is added: let it be float32 too, and round once"
+WRONG = {
+    **{name: _wrong(hint, **knobs) for name, (hint, knobs) in EDGES.items()},
+    **{f"{name}_{SMALL}": _wrong(hint, tile=SMALL, **knobs) for name, (hint, knobs) in EDGES.items()},
     "k_tail_not_masked": Wrong(
         _wrapping,
         "lanes beyond the edge along k are added to every sum: load zeros there. Rows and columns beyond the edge may "
@@ -244,9 +288,6 @@ WRONG = {
     "first_slice_forgotten": _wrong("the slices of k begin at 0: the first is not multiplied", first=BLOCK),
     "last_slice_twice": _wrong(
         "the last slice of k is added twice: is it still in the pipeline when the loop ends?", last_twice=True
-    ),
-    "edge_rows_dropped": _wrong(
-        "the last tile of rows is not full, but it counts: the grid has ⌈m / tile⌉ blocks", rows_rounded_down=True
     ),
     "edge_columns_spill": Wrong(
         _spilling, "threads beyond the last column must not store: in memory, column n of a row is the next row's first"
@@ -270,10 +311,16 @@ WRONG = {
     "strides_ignored": Wrong(
         _as_if_contiguous, "a view has strides of its own: call contiguous() before the kernel gets its memory"
     ),
-    "narrow_sums": _wrong(
-        "sum in float32 and round once: bfloat16 has 8 bits, and loses most of what it adds to a sum", narrow=True
+    "narrow_sums": _wrong(NARROW, narrow=True),
+    "narrow_sums_one_by_one": Wrong(_one_by_one, NARROW),
+    "rounded_products": Wrong(
+        _rounded_products,
+        "a product of two bfloat16 numbers is exact in float32: widen the factors before they are multiplied",
     ),
-    "tf32": Wrong(_tf32, "the factors are rounded to TF32's 10 bits: float32 means float32"),
+    "rounded_tiles": _wrong(ROUNDED, round_tiles=True),
+    f"rounded_tiles_{SMALL}": _wrong(ROUNDED, round_tiles=True, tile=SMALL),
+    "tf32": Wrong(_tf32, "the factors are rounded to 10 bits, as TF32 and float16 have: float32 means float32"),
+    "bfloat16_factors": Wrong(_bf16, "the factors are rounded to bfloat16's 8 bits: float32 means float32"),
     "sums_not_reset": _wrong("a block's sums begin at 0 for each of its tiles", keep_sums=True),
     "stale_tile": _wrong(
         "the products use the tile of A before: a barrier is missing between the loads and the products, or a wait",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -42,6 +43,28 @@ ADDRESS = (
     "In a group, ranks are counted from 0, and send and recv take them as group_dst= and group_src=; dst= and src= are "
     "ranks of all processes"
 )
+# so it is with these: what torch or Python says, and what to do
+STRIDED = "has to be contiguous"
+CONTIGUOUS = (
+    "A stage's result need not be contiguous, and send and recv take only what is: send its .contiguous(), and receive "
+    "its gradient into torch.empty(y.shape, dtype=y.dtype), since empty_like takes over the strides"
+)
+TOO_FEW_CHUNKS = (
+    "chunk may give fewer parts than it is asked for, as it does of {rows} rows in {m}: tensor_split gives as many"
+)
+NO_GRAD_ASKED = (
+    "The stage was called with an activation that does not require grad, so there is no gradient to send back: call "
+    "requires_grad_() on what was received, before the stage"
+)
+# and with ranks that wait for each other: these words are for the line that says where each of them is
+ALL_SEND = (
+    "Ranks that send to each other at once wait for each other: send, and wait() on what isend returns, come back when "
+    "the other rank has received. So isend, keep what it returns, and wait later, when the receive has come"
+)
+NOBODY_SENDS = (
+    "A rank waits in recv for what nobody is sending: either isend was not called for it, or what isend returned was "
+    "dropped, and the message with it. Keep it, together with the tensor, and wait for it at the end of the step"
+)
 
 
 class Stage(nn.Module):
@@ -53,9 +76,11 @@ class Stage(nn.Module):
         self.tied = None if tied is None else nn.Parameter(tied)
         self.last, self.turned = last, turned
         self.calls = self.held = self.most = 0
+        self.cut_off = False  # called with what gets no gradient
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
+        self.cut_off |= not x.requires_grad
         self.held += torch.is_grad_enabled()
         self.most = max(self.most, self.held)
         if self.tied is not None and not self.last:
@@ -121,10 +146,13 @@ def work(impl: Callable[..., Any], inputs: Inputs, group: Any, rank: int) -> Res
         arguments = (stage, mean_square, x, y, m)
         try:
             value = impl(*arguments) if group is None else impl(*arguments, group)
-        except ValueError as error:
-            if group is None or not any(words in str(error) for words in MISADDRESSED):
-                raise
-            raise ValueError(f"{error} {ADDRESS}").with_traceback(error.__traceback__) from None
+        except Exception as error:
+            advice = _advice(error, stage, len(x), m, group, rank)
+            if advice:
+                error.args = (f"{str(error).rstrip('.')}. {advice}",)
+            raise
+        if rank and stage.cut_off:
+            raise Mismatch(NO_GRAD_ASKED)
         if not (torch.equal(x, given[0]) and torch.equal(y, given[1])):
             raise Mismatch("the batch was changed in place")
         if stage.calls != m:
@@ -141,6 +169,32 @@ def work(impl: Callable[..., Any], inputs: Inputs, group: Any, rank: int) -> Res
         "gradient of tied": tied,
         "microbatches in flight": torch.tensor(stage.most),
     }
+
+
+def _advice(error: Exception, stage: Stage, rows: int, m: int, group: Any, rank: int) -> str | None:
+    """What to do about an error whose words do not say so."""
+    if isinstance(error, ValueError) and group is not None and any(words in str(error) for words in MISADDRESSED):
+        return ADDRESS
+    if isinstance(error, RuntimeError | ValueError) and STRIDED in str(error):
+        return CONTIGUOUS
+    if isinstance(error, IndexError) and len(torch.empty(rows).chunk(m)) < m:
+        return TOO_FEW_CHUNKS.format(rows=rows, m=m)
+    return NO_GRAD_ASKED if rank and stage.cut_off else None
+
+
+def advice_for_waiting(told: str) -> str | None:
+    """What to do about ranks that wait for each other, from where the launcher says that each of them is."""
+    head, *places = re.split(r"; rank \d+ ", told)
+    if "had not finished after" not in head:
+        return None
+    in_messages = [place for place in places if not re.search(r"has returned|is in its \w+ collective", place)]
+    sending = [re.search(r"is in its \w+ message, send |has issued its \w+ message, isend ", at) for at in in_messages]
+    receiving = [
+        re.search(r"is in its \w+ message, recv |has issued its \w+ message, irecv ", at) for at in in_messages
+    ]
+    if sum(map(bool, sending)) > 1:
+        return ALL_SEND
+    return NOBODY_SENDS if any(receiving) and not any(sending) else None
 
 
 def oracle(inputs: Inputs) -> Mapping[str, np.ndarray]:
@@ -206,8 +260,10 @@ def _step(
     """1F1B with one message at a time, and one knob for each mistake."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     m, rows = microbatches, len(inputs)
-    used = rows // m * m if mistake == "drops_the_rest" else rows
+    used = rows // m * m if mistake.startswith("drops_the_rest") else rows
     xs, ys = inputs[:used].tensor_split(m), targets[:used].tensor_split(m)
+    if mistake == "chunks":
+        xs, ys = inputs.chunk(m), targets.chunk(m)
     right = ranks - 1 - rank
     warm_ups = {"gpipe": m, "one_more": right + 1, "one_short": max(right - 1, 0), "all_as_rank_0": ranks - 1}
     warm_up = min(warm_ups.get(mistake, right), m)
@@ -219,8 +275,19 @@ def _step(
     before = [None if p.grad is None else p.grad.clone() for p in stage.parameters()]
     if mistake == "clears":
         stage.zero_grad()
-    if stage.tied is not None:
+    aside = None
+    if stage.tied is not None and mistake != "tied_again":
         aside, stage.tied.grad = stage.tied.grad, None
+
+    def send(tensor: Tensor, **to: int) -> None:
+        if mistake == "sends":
+            dist.send(tensor, group=group, **to)
+            return
+        sent: Any = dist.isend(tensor, group=group, **to)
+        if mistake == "waits_at_once":
+            sent.wait()
+        elif mistake != "dropped":
+            sends.append((sent, tensor))
 
     def forward(k: int) -> None:
         nonlocal total, last_loss
@@ -228,21 +295,20 @@ def _step(
         if rank:
             x = torch.empty_like(x)
             _receive(x, rank - 1, group, mistake)
-            x.requires_grad_()
+            x.requires_grad_(mistake != "no_grad_asked")
         y = stage(x)
         if rank == ranks - 1:
-            share = len(x) / used
+            share = len(x) / (rows if mistake == "drops_the_rest_weighted" else used)
             if mistake == "not_scaled":
                 share = 1.0
             if mistake == "mean_of_means":
                 share = 1 / m
             y = loss(y, ys[k]) * share
             total = total + y.detach()
-            last_loss = y.detach() / share
+            last_loss = y.detach() / (1 if mistake == "last_loss_weighted" else share)
         else:
-            out = y.detach().contiguous()
-            to = {"dst" if mistake == "global_ranks" else "group_dst": rank + 1}
-            sends.append((dist.isend(out, group=group, **to), out))
+            out = y.detach() if mistake == "sends_strided" else y.detach().contiguous()
+            send(out, **{"dst" if mistake == "global_ranks" else "group_dst": rank + 1})
         held.append((x, y, k))
 
     def backward() -> None:
@@ -252,7 +318,7 @@ def _step(
         if rank == ranks - 1:
             gradient = torch.ones_like(y)
         else:
-            gradient = torch.empty(y.shape, dtype=y.dtype)
+            gradient = torch.empty_like(y) if mistake == "receives_strided" else torch.empty(y.shape, dtype=y.dtype)
             dist.recv(gradient, group=group, group_src=rank + 1)
         if mistake == "last_microbatch_only":
             stage.zero_grad()
@@ -261,15 +327,14 @@ def _step(
                     parameter.grad = old.clone()
         torch.autograd.backward([y], [gradient])
         if rank:
-            assert x.grad is not None
-            back = x.grad.contiguous()
+            back: Tensor = x.grad.contiguous()  # type: ignore[union-attr]
             if mistake == "stale_gradient":
                 if summed is not None and summed.shape == back.shape:
                     back = back + summed
                 summed = back
             if mistake == "no_gradient_back":
                 back = torch.zeros_like(back)
-            sends.append((dist.isend(back, group=group, group_dst=rank - 1), back))
+            send(back, group_dst=rank - 1)
 
     for k in range(warm_up):
         forward(k)
@@ -283,7 +348,7 @@ def _step(
         _add_tied(stage.tied, rank, ranks, group, mistake)
         if aside is not None and mistake != "clears":
             stage.tied.grad.add_(aside)
-    return last_loss if mistake == "last_loss" else total
+    return last_loss if mistake.startswith("last_loss") else total
 
 
 def _receive(x: Tensor, source: int, group: Any, mistake: str) -> None:
@@ -311,6 +376,8 @@ HINTS = {
     "not_scaled": "the sum of the microbatches' mean losses: weigh each with its share of the batch before backward",
     "mean_of_means": "microbatches of unequal size count alike: weigh a loss with rows / all rows, not with 1 / m",
     "drops_the_rest": "rows that are left over when the batch does not divide evenly are dropped: use tensor_split",
+    "drops_the_rest_weighted": "rows that are left over when the batch does not divide evenly are dropped, though the "
+    "others are weighed as if they were there: use tensor_split",
     "newest_first": "a gradient that comes back belongs to the oldest microbatch in flight, not to the newest: keep a "
     "queue, not a stack",
     "last_microbatch_only": "only the last microbatch's gradients are left: they add up over a step",
@@ -322,6 +389,8 @@ HINTS = {
     "tied_apart": "each copy of the tied matrix has the gradient of its own use only: add them up over the two ranks",
     "tied_averaged": "the gradients of a tied matrix are averaged: they are parts of one sum",
     "tied_swapped": "the two ranks swapped the gradients of the tied matrix: add what arrives to one's own",
+    "tied_again": "the tied gradients of earlier calls are added up over the two ranks again: set stage.tied.grad "
+    "aside when a step begins, and add it to the sum that the step makes",
     "gpipe": "all forward passes come first, so all microbatches are held: after the warm-up do one forward, one "
     "backward",
     "one_more": "a rank starts one microbatch too many before its first backward pass: the warm-up is ranks − 1 − rank",
@@ -329,11 +398,22 @@ HINTS = {
     "hole: the warm-up is ranks − 1 − rank, and a forward pass before each backward pass then",
     "all_as_rank_0": "all ranks warm up as long as the first: it is ranks − 1 − rank, and nothing on the last",
     "last_loss": "the loss returned is the last microbatch's: add up the weighted ones",
+    "last_loss_weighted": "the loss returned is the last microbatch's, with its weight: add up those of all",
 }
 WRONG = {name: Wrong(partial(_step, mistake=name), hint) for name, hint in HINTS.items()}
-# Not among them, since there are no numbers to compare: torch raises, in the members of a group alone, and `work` adds
-# the hint to its words.
-GLOBAL_RANKS = Wrong(partial(_step, mistake="global_ranks"), ADDRESS)
+# Not among them, since there are no numbers to compare: a rank raises, or ranks wait for each other, and the hint is
+# added to the words of that.
+HINTS_IN_WORDS = {
+    "global_ranks": ADDRESS,
+    "sends_strided": CONTIGUOUS,
+    "receives_strided": CONTIGUOUS,
+    "chunks": TOO_FEW_CHUNKS.format(rows=9, m=4),
+    "no_grad_asked": NO_GRAD_ASKED,
+    "sends": ALL_SEND,
+    "waits_at_once": ALL_SEND,
+    "dropped": NOBODY_SENDS,
+}
+TOLD = {name: Wrong(partial(_step, mistake=name), hint) for name, hint in HINTS_IN_WORDS.items()}
 
 
 def reference(
@@ -354,7 +434,18 @@ def reference(
     return Pipeline({rank: stage}, one_f_one_b(ranks, microbatches), loss, group).step(inputs, targets)
 
 
-PIPELINE = Exercise(
+class _Pipelines(Exercise):
+    """An exercise in which ranks may come to wait for each other, and are told what for."""
+
+    def _call(self, impl: Callable[..., Any], inputs: Inputs) -> Results:
+        try:
+            return super()._call(impl, inputs)
+        except Mismatch as broken:
+            advice = advice_for_waiting(str(broken))
+            raise Mismatch(f"{broken}. {advice}" if advice else str(broken)) from None
+
+
+PIPELINE = _Pipelines(
     signature=SIGNATURE,
     reference=reference,
     cases=CASES,

@@ -23,6 +23,11 @@ SIGNATURE = (
     ".down.bias in full; x, the result and their gradients are whole on every rank"
 )
 ROUNDING = {"float64": 1e-9, "float32": 1e-4}  # of the largest number
+# what goes wrong only where there is a group; torch speaks of sizes then
+OF_A_GROUP = (
+    "In a group, this rank and the number of ranks are dist.get_rank(group) and dist.get_world_size(group); without "
+    "group they are those of all processes"
+)
 SHARES = ("up.weight", "up.bias", "down.weight", "down.bias")
 
 CASES: list[Case] = [
@@ -73,6 +78,15 @@ def linear(weight: np.ndarray, bias: np.ndarray | None, dtype: str) -> nn.Linear
 
 def work(impl: Callable[..., Any], inputs: Inputs, group: Any, rank: int) -> Results:
     """This rank's result, the gradient of x and of its shares, and what it sent."""
+    try:
+        return _found(impl, inputs, group)
+    except (IndexError, RuntimeError, ValueError) as error:
+        if group is not None:
+            error.args = (f"{str(error).rstrip('.')}. {OF_A_GROUP}",)
+        raise
+
+
+def _found(impl: Callable[..., Any], inputs: Inputs, group: Any) -> Results:
     from mlsys.parallel.traffic import ledger
 
     dtype = inputs["dtype"]
@@ -82,6 +96,8 @@ def work(impl: Callable[..., Any], inputs: Inputs, group: Any, rank: int) -> Res
     if not callable(mlp):
         raise Mismatch(f"returned {type(mlp).__name__}, expected a module to call")
     parameters = _parameters(mlp, inputs)
+    if group is not None:
+        _of_the_group(parameters, inputs)
     results, for_x, unchanged = [], [], []
     with ledger() as book:
         for given, wanted in zip(inputs["x"], inputs["gradient"], strict=True):
@@ -128,6 +144,14 @@ def _parameters(mlp: Any, inputs: Inputs) -> dict[str, Tensor]:
         if name not in known:
             raise Mismatch(f"the module has no parameter {name}; it has {', '.join(known) or 'none'}")
     return {name: known[name] for name in wanted}
+
+
+def _of_the_group(parameters: Mapping[str, Tensor], inputs: Inputs) -> None:
+    """Mismatch if a share is one of another number of ranks, or empty; whole matrices are told from their numbers."""
+    units = inputs["up_weight"].shape[0]
+    held, mine = parameters["up.weight"].shape[0], units // seats(inputs)
+    if held not in (mine, units):
+        raise Mismatch(f".up.weight has {held} rows of {units}, expected {mine}. {OF_A_GROUP}")
 
 
 def _sent(book: Any) -> float:
@@ -232,7 +256,8 @@ class _Plain(nn.Module):
     def __init__(self, up: nn.Linear, down: nn.Linear, group: Any = None, *, mistake: str = "") -> None:
         super().__init__()
         self.group, self.mistake = group, mistake
-        self.rank, self.n = dist.get_rank(group), dist.get_world_size(group)
+        self.rank = dist.get_rank(None if mistake == "global_rank" else group)
+        self.n = dist.get_world_size(None if mistake == "global_size" else group)
         k = up.out_features // self.n
         index = 0 if mistake == "first_share" else self.rank
         mine = torch.arange(index * k, (index + 1) * k)
@@ -249,6 +274,8 @@ class _Plain(nn.Module):
                 self.down.bias.copy_(down.bias)
                 if mistake == "bias_on_first_rank" and self.rank:
                     self.down.bias.zero_()
+                if mistake == "bias_kept_over_n":
+                    self.down.bias.div_(self.n)
 
     def reduced(self, tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor, group=self.group)
@@ -276,7 +303,9 @@ class _Plain(nn.Module):
             hidden = F.gelu(self.up(x))
         if self.mistake == "hidden_gathered":  # the input is cut again, as if the linear layers did not know each other
             hidden = _Operator.apply(_Operator.apply(hidden, self.whole, self.own), self.own, self.whole)
-        if self.mistake in ("bias_on_each_rank", "bias_on_first_rank"):
+        if self.mistake == "bias_over_n" and self.down.bias is not None:
+            return self.f_bar(F.linear(hidden, self.down.weight, self.down.bias / self.n))
+        if self.mistake in ("bias_on_each_rank", "bias_on_first_rank", "bias_kept_over_n"):
             return self.f_bar(self.down(hidden))
         y = self.f_bar(F.linear(hidden, self.down.weight))
         y = y if self.down.bias is None else y + self.down.bias
@@ -325,6 +354,11 @@ HINTS = {
     "bias_on_each_rank": "the second bias is added once a rank: add it after the sum",
     "bias_on_first_rank": "the second bias is zero on all ranks but the first, and added before the sum: every copy "
     "gets the same gradient, so after an optimizer step it counts once a rank; keep it whole, and add it after the sum",
+    "bias_over_n": "the second bias is divided by the number of ranks before the sum: so its gradient is divided too; "
+    "add it whole, after the sum",
+    "bias_kept_over_n": "every rank keeps 1/n of the second bias and adds it before the sum: each part gets the "
+    "gradient of the whole, so an optimizer step moves their sum n times as far; keep it whole, and add it after the "
+    "sum",
     "both_reduce": "the gradient is summed where the result was summed, too: the backward pass of a sum hands it on",
     "reduced_twice": "the gradient of x is summed twice: once is enough",
     "in_place": "the backward pass all-reduces the gradient that it was given in place, which others read: clone it",
@@ -342,6 +376,8 @@ HINTS = {
     "not_cut": "every rank holds the whole matrices: keep this rank's share only",
 }
 WRONG = {name: Wrong(partial(_Plain, mistake=name), hint) for name, hint in HINTS.items()}
+# Not among them: members of a group alone raise, and `work` adds the hint to the words.
+TOLD = {name: Wrong(partial(_Plain, mistake=name), OF_A_GROUP) for name in ("global_rank", "global_size")}
 
 
 def reference(up: nn.Linear, down: nn.Linear, group: Any = None) -> nn.Module:

@@ -3,8 +3,9 @@
 The implementation is anything called as `gptq(w, H, scheme)` that gives an object with `dequantize()`, or the matrix
 itself. Schemes are "int<bits>[:g<group>][:sym|:affine]". Two things are judged:
 
-- the grid: scales and zero points are those of round-to-nearest, of w as it is given. Symmetric: max |w| of the group
-  gets the largest code, 2^(bits−1) − 1. Affine: min(w, 0) … max(w, 0) are spanned by 0 … 2^bits − 1;
+- the grid: scales and zero points are those of round-to-nearest, of w as it is given: all are chosen before the first
+  column is rounded. Symmetric: max |w| of the group gets the largest code, 2^(bits−1) − 1, and the smallest is minus
+  that. Affine: min(w, 0) … max(w, 0) are spanned by 0 … 2^bits − 1. A group of zeros has the scale 1;
 - the loss tr((w − ŵ) H (w − ŵ)ᵀ), which may be a few per cent above that of the paper's Algorithm 1 in float64, with
   1% of H's mean diagonal added to it. A lower one is welcome.
 
@@ -23,18 +24,28 @@ import torch
 
 from mlsys.contracts.core import Case, Contract, Inputs, Mismatch, Results, Wrong
 
-SIGNATURE = "gptq(w (R, K), H (K, K), scheme) -> object with dequantize() -> (R, K)"
+SIGNATURE = "gptq(w (R, K), H (K, K), scheme) -> object with dequantize() -> (R, K); the grid that of w as given: symmetric to ±(2^(b−1) − 1), or affine over a range with 0 in it; H damped by 1% of its mean diagonal"  # noqa: E501
 MORE = 0.03  # of the original's loss
 DAMP = 0.01
 BLOCK = 16  # of the wrong variants, so that small matrices have several blocks
 
 
-def case(rows: int, columns: int, scheme: str, *, samples: int | None = None, dead: int = 0, batch: int = 1) -> Case:
-    """`samples` inputs (default 4K), of whose columns `dead` are 0; H is divided by `batch`."""
-    return {
+def case(
+    rows: int,
+    columns: int,
+    scheme: str,
+    *,
+    samples: int | None = None,
+    dead: int = 0,
+    batch: int = 1,
+    zeros: bool = False,
+) -> Case:
+    """`samples` inputs (default 4K), `dead` of whose columns are 0; H is divided by `batch`; `zeros`: groups of w."""
+    settings = {
         "rows": rows, "columns": columns, "scheme": scheme, "samples": samples or 4 * columns, "dead": dead,
         "batch": batch,
     }  # fmt: skip
+    return settings | ({"zeros": True} if zeros else {})
 
 
 CASES = [
@@ -49,6 +60,8 @@ CASES = [
     case(6, 160, "int3:g32"),
     case(3, 1, "int2"),
     case(1, 33, "int4"),
+    case(12, 24, "int4:g8", zeros=True),
+    case(12, 24, "int4:g8:sym", zeros=True),
 ]
 
 
@@ -61,6 +74,8 @@ def inputs(case: Case, seed: int, device: str) -> Inputs:
     x = (x + 0.2 * rng.standard_normal((samples, columns))) * np.exp(0.6 * rng.standard_normal(columns))
     x[:, rng.permutation(columns)[: case["dead"]]] = 0
     w = rng.standard_normal((rows, columns)) * np.exp(0.3 * rng.standard_normal((1, columns)))
+    if case.get("zeros"):
+        w[1], w[2, :8] = 0, 0
     H = torch.from_numpy(2 * x.T @ x / case["batch"]).float()
     return {"w": torch.from_numpy(w).float().to(device), "H": H.to(device), "scheme": case["scheme"]}
 
@@ -97,25 +112,36 @@ def parse(scheme: str, columns: int) -> tuple[int, int, bool]:
     return int(name[3:]), sizes[0] if sizes else columns, "sym" in options
 
 
-def grid(w: np.ndarray, scheme: str) -> tuple[np.ndarray, np.ndarray, int, int]:
-    """Scale and zero point of each weight (R, K), and the range of codes."""
+def grid(w: np.ndarray, scheme: str, *, guarded: bool = True) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """Scale and zero point of each weight (R, K), and the range of codes. The scale of a group of zeros is 1."""
     bits, size, symmetric = parse(scheme, w.shape[1])
-    scale, zero = np.empty_like(w), np.zeros_like(w)
+    scale, zero = np.empty_like(w), np.empty_like(w)
     for start in range(0, w.shape[1], size):
-        group = w[:, start : start + size]
-        if symmetric:
-            step = np.abs(group).max(axis=1) / (2 ** (bits - 1) - 1)
-        else:
-            low, high = np.minimum(group.min(axis=1), 0), np.maximum(group.max(axis=1), 0)
-            step = (high - low) / (2**bits - 1)
-            if group.shape[1] == 1:  # a number alone is exact: the code beside the zero point
-                step = np.abs(group[:, 0])
-                zero[:, start : start + size] = (low < 0)[:, None]
-            else:
-                zero[:, start : start + size] = np.round(-low / step)[:, None]
-        scale[:, start : start + size] = step[:, None]
+        part = slice(start, start + size)
+        scale[:, part], zero[:, part] = span(w[:, part], bits, symmetric, guarded=guarded)
     most = 2 ** (bits - 1) - 1
     return (scale, zero, -most, most) if symmetric else (scale, zero, 0, 2**bits - 1)
+
+
+def span(group: np.ndarray, bits: int, symmetric: bool, *, guarded: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero point (R, 1) of a group."""
+    low, high = np.minimum(group.min(axis=1), 0), np.maximum(group.max(axis=1), 0)
+    if symmetric:
+        step = np.maximum(-low, high) / (2 ** (bits - 1) - 1)
+    elif group.shape[1] == 1:  # a number alone is exact: the code beside the zero point
+        step = high - low
+    else:
+        step = (high - low) / (2**bits - 1)
+    if guarded:
+        step = np.where(step > 0, step, 1)
+    if symmetric:
+        zero = np.zeros_like(step)
+    elif group.shape[1] == 1:
+        zero = np.where(low < 0, 1.0, 0.0)
+    else:
+        with np.errstate(invalid="ignore"):  # 0 / 0, if it is not guarded
+            zero = np.round(-low / step)
+    return step[:, None], zero[:, None]
 
 
 def levels(values: np.ndarray, w: np.ndarray, scheme: str) -> np.ndarray:
@@ -144,17 +170,23 @@ def plain(
     shuffled: bool = False,
     unclamped: bool = False,
     wider_grid: bool = False,
+    dynamic: bool = False,
+    full_range: bool = False,
+    unguarded: bool = False,
+    as_codes: bool = False,
 ) -> torch.Tensor:
     """Algorithm 1 of the paper in float64, column by column. Options but block and damp are places to go wrong."""
     matrix, weight = w.double().numpy(), H.double().numpy()
     columns = matrix.shape[1]
-    scale, zero, low, high = grid(matrix, scheme)
+    scale, zero, low, high = grid(matrix, scheme, guarded=not unguarded)
+    bits, size, symmetric = parse(scheme, columns)
     if late_group:  # the scales of the group before, from the second on
-        _, size, _ = parse(scheme, columns)
         before = np.maximum(np.arange(columns) - size, 0)
         scale, zero = scale[:, before], zero[:, before]
     if wider_grid:
         low -= 1
+    if full_range and symmetric:
+        scale, low = scale * high / (high + 1), low - 1
     turn = np.argsort(-weight.diagonal(), kind="stable") if shuffled else np.arange(columns)
     matrix, weight = matrix[:, turn], weight[np.ix_(turn, turn)]
     scale, zero = scale[:, turn], zero[:, turn]
@@ -170,7 +202,11 @@ def plain(
     left = matrix.copy()
     for k in range(columns)[:: -1 if backwards else 1]:
         stop = min((k // block + 1) * block, columns)
-        codes = np.round(left[:, k] / scale[:, k] + zero[:, k])
+        if dynamic and k % size == 0:
+            part = slice(k, k + size)
+            scale[:, part], zero[:, part] = span(left[:, part], bits, symmetric)
+        with np.errstate(invalid="ignore"):  # 0 / 0, if it is not guarded
+            codes = np.round(left[:, k] / scale[:, k] + zero[:, k])
         codes = codes if unclamped else np.clip(codes, low, high)
         done[:, k] = (codes - zero[:, k]) * scale[:, k]
         if alone:
@@ -188,6 +224,8 @@ def plain(
             left += np.outer(matrix[:, k] - done[:, k], np.where(np.arange(columns) > k, unit[k], 0))
             continue
         left -= sign * np.outer(error / (1 if undivided else factor[k, k]), tell)
+    if as_codes:
+        done = np.round(done / scale + zero)
     if not shuffled:
         done[:, turn] = done.copy()
     return torch.from_numpy(done).float()
@@ -260,6 +298,26 @@ WRONG = {
     "columns_before": _wrong("carry errors on to columns not rounded yet, in the order of the factor", backwards=True),
     "wrong_sign": _wrong("subtract (c − q) T_kj / T_kk from the others, so that they cancel the error", sign=-1.0),
     "group_before": _wrong("column k belongs to group ⌊k / g⌋: take its scale and zero point", late_group=True),
+    "dynamic_groups": _wrong(
+        "choose all scales and zero points from w as it is given, before the first column is rounded: chosen when a "
+        'group\'s turn comes, they are those of groups="dynamic"',
+        dynamic=True,
+    ),
+    "zero_group_nan": _wrong("max |w| of a group of zeros is 0: do not divide by it, take the scale 1", unguarded=True),
+    "codes_returned": _wrong(
+        "return what the codes stand for, (code − zero) · scale, or an object with dequantize()", as_codes=True
+    ),
+    "full_range": _wrong(
+        "symmetric codes end at ±(2^(bits−1) − 1), and the largest |w| of a group gets the last", full_range=True
+    ),
+    "block_of_128_alone": _wrong(
+        "when a block is done, its errors go to all columns after it too: at more than 128 columns it shows",
+        within=True,
+        block=128,
+    ),
+    "much_damping": _wrong(
+        "add 1% of the mean diagonal to H, not more: what is damped makes up for less of the errors", damp=10 * DAMP
+    ),
     "order_kept": _wrong("put the columns back in their order when all are rounded", shuffled=True),
     "not_clamped": _wrong("clamp codes to their range: c leaves the range that w had", unclamped=True),
     "one_code_more": _wrong("codes begin at 0, or at −(2^(bits−1) − 1) if symmetric", wider_grid=True),

@@ -9,9 +9,11 @@ The implementation is called as
     scale  float32 (N, G); `group` columns share one, the last group may be shorter
     zero   uint8 (N, G), taken off the code before it is scaled; or None: then codes are in two's complement
     bias   float32 (N,) or None
-    activations  None, or "int8": each row of x is rounded to t · (−127 … 127), t = max|x| / 127, before that
+    activations  None, or "int8": each row of x is rounded to t · (−127 … 127), t = max|x| / 127, before that;
+                 a row of zeros stays one
 
-and may dequantize the whole matrix first: this contract asks for the numbers, the benchmark for the time.
+and may dequantize the whole matrix first: this contract asks for the numbers, the benchmark for the time. Sums are of
+float32 whatever x is, and tensors may be views: rows of codes, or columns of x, that do not lie next to each other.
 """
 
 from __future__ import annotations
@@ -44,12 +46,17 @@ def case(
     activations: str | None = None,
     grid: bool = True,
     dtype: str = "float32",
+    given: str = "",
 ) -> Case:
-    """One case. `grid`: for "int8", numbers in x that need no rounding, so that nobody can round them otherwise."""
-    return {
+    """One case. `grid`: for "int8", numbers in x that need no rounding, so that nobody can round them otherwise.
+
+    given: "a row of zeros" in x, "all positive" codes and x, "views" of x, codes and scales; "" is none of these.
+    """
+    settings = {
         "m": m, "n": n, "k": k, "bits": bits, "group": group, "zero": zero, "bias": bias,
         "activations": activations, "grid": grid, "dtype": dtype,
     }  # fmt: skip
+    return settings | ({"given": given} if given else {})
 
 
 CASES = [
@@ -73,6 +80,11 @@ CASES = [
     case(3, 8, 260, group=128, activations="int8", bias=True),
     case(18, 5, 384, group=128, zero=False, activations="int8"),
     case(4, 12, 384, bits=8, group=384, zero=False, activations="int8", grid=False),
+    case(3, 6, 64, bits=8, group=64, zero=False, activations="int8", bias=True, given="a row of zeros"),
+    case(2, 6, 256, group=128, activations="int8", given="a row of zeros"),
+    case(2, 4, 1024, bits=8, group=1024, zero=False, dtype="bfloat16", given="all positive"),
+    case(3, 6, 64, bias=True, given="views"),
+    case(3, 6, 64, bits=8, group=64, activations="int8", given="views"),
 ]
 
 
@@ -87,14 +99,21 @@ def inputs(case: Case, seed: int, device: str) -> Inputs:
     if not case["zero"]:  # the most negative number of two's complement has no twin, and is no code
         lowest = torch.full_like(codes, 0x80)
         codes = torch.where(codes == lowest, 0x81, codes) if bits == 8 else _without_lowest(codes)
+    what = case.get("given")
+    if what == "all positive":  # 64 … 127 as 8 bits
+        codes = codes & 0x7F | 0x40
     scale = 2 ** (2 * torch.rand(n, groups, generator=generator) - 6)
     x = torch.randn(m, k, generator=generator)
+    if what == "all positive":
+        x = torch.rand(m, k, generator=generator) / 2 + 0.5
     if case["activations"]:
         sizes = 2.0 ** torch.randint(-4, 3, (m, 1), generator=generator)
         if case["grid"]:
             x = torch.randint(-127, 128, (m, k), generator=generator).float()
             x[:, 0] = 127
         x = x * sizes
+    if what == "a row of zeros":
+        x[1] = 0
     given: Inputs = {
         "x": x.to(getattr(torch, case["dtype"])),
         "codes": codes,
@@ -102,7 +121,9 @@ def inputs(case: Case, seed: int, device: str) -> Inputs:
         "zero": torch.randint(1, 1 << bits, (n, groups), generator=generator).to(torch.uint8) if case["zero"] else None,
         "bias": 4 * torch.randn(n, generator=generator) if case["bias"] else None,
     }
-    on_device = {name: value.to(device) if value is not None else None for name, value in given.items()}
+    on_device: Inputs = {name: value.to(device) if value is not None else None for name, value in given.items()}
+    if what == "views":
+        on_device |= {name: on_device[name].T.contiguous().T for name in ("x", "codes", "scale")}
     return {**on_device, "bits": bits, "group": group, "activations": case["activations"]}
 
 
@@ -140,7 +161,7 @@ def _rounded(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
     if inputs["activations"] is None:
         return x, np.zeros((len(x), 1))
     step = np.abs(x).max(axis=1, keepdims=True, initial=0) / 127
-    return np.round(x / step) * step, step
+    return np.round(x / np.where(step > 0, step, 1)) * step, step
 
 
 def oracle(inputs: Inputs) -> Mapping[str, np.ndarray]:
@@ -242,13 +263,17 @@ def _plain(
     no_bias: bool = False,
     scaled_early: bool = False,
     tail_read: bool = False,
+    unguarded: bool = False,
+    strides_ignored: bool = False,
     **weight: bool,
 ) -> Tensor:
     """The product in plain torch, with one knob for each mistake."""
     k = x.shape[1]
+    if strides_ignored:
+        x, codes, scale = (t.as_strided(t.shape, (t.shape[1], 1)) for t in (x, codes, scale))
     wide, step = x.float(), torch.ones(len(x), 1, device=x.device)
     if (activations and not not_rounded) or always_rounded:
-        step = wide.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 127 if len(x) else step
+        step = wide.abs().amax(dim=1, keepdim=True).clamp(min=0 if unguarded else 1e-30) / 127 if len(x) else step
         if one_step and len(x):
             step = step.max().expand(len(x), 1)
         wide = (wide / step).round()
@@ -260,6 +285,11 @@ def _plain(
         y = torch.zeros(len(x), len(w), device=x.device)
         for i in range(0, k, 8):  # eight products at a time, and the sum is rounded
             y = (y + wide[:, i : i + 8] @ w[:, i : i + 8].T).bfloat16().float()
+    elif sums == "of x":
+        y = torch.zeros(len(x), len(w), device=x.device, dtype=x.dtype)
+        for i in range(k):
+            y += wide[:, i, None].to(x.dtype) * w[:, i].to(x.dtype)
+        y = y.float()
     elif scaled_early and activations and bool((scale != 0).all()):
         which = torch.arange(k, device=x.device) // group
         integers = w / scale[:, which]
@@ -301,8 +331,16 @@ WRONG = {
     ),
     "transposed": _wrong("codes are (N, K) as in nn.Linear; square matrices hide a mistake here", transposed=True),
     "bfloat16_sums": _wrong("sum in float32: in bfloat16, small products are lost beside a large sum", sums="bfloat16"),
+    "sums_of_x": _wrong(
+        "sum in float32 also where x is bfloat16: with its 8 bits a sum stands still at 256 times a product",
+        sums="of x",
+    ),
     "int16_sums": _wrong("127 · 127 · K does not fit into 16 bits: sum in int32", sums="int16"),
     "step_of_all_rows": _wrong("each row of x has a step of its own, max|x_m| / 127", one_step=True),
+    "zero_row_nan": _wrong("a row of zeros has the step 0: do not divide by it, its integers are 0", unguarded=True),
+    "strides_ignored": _wrong(
+        "x, codes and scales may be views: go by their strides, or make them contiguous first", strides_ignored=True
+    ),
     "not_rounded": _wrong('activations="int8" rounds x to integers first', not_rounded=True),
     "always_rounded": _wrong("without activations x stays as it is", always_rounded=True),
     "bias_scaled": _wrong("the bias is added at the end, and not scaled", bias_scaled=True),

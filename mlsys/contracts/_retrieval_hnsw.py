@@ -4,19 +4,23 @@ The implementation is called as `make(metric=…, M=…, ef_construction=…, se
 
     fit(x)                                          x is float32 (n, d); ids are 0 … n−1
     search(queries, k, ef=…) -> (distances, ids)    both (n_queries, k), nearest first
+    graph                                           an object with `levels` (n,), `entry`, and
+                                                    `neighbors(node, layer)` -> nodes
 
 Distances are Σ (q − x)² for "l2", −Σ q·x for "ip", 1 − cos for "cosine". Equal distances are ordered by id, smallest
 first; with fewer than k hits, a row ends in id −1 and distance ∞. Equal vectors are all found, each under its id.
 Where `ef` is at least n, the answer is exact; elsewhere, a floor for the recall is set that the paper's algorithms
-reach with ease. What an object also has is judged as well, and what it has not is not missed:
+reach with ease. `fit` copies x, for the caller may overwrite it, and replaces what an earlier `fit` built.
+
+Of the graph, the mean level must be 1 / (M − 1) as the paper's mL makes it, the entry point be on the highest layer, no
+node have more than M links on a layer, or 2M on layer 0, and every node be reached on layer 0. Levels are random by
+`seed`: the same seed gives the same ones, another seed others. Without a graph to look at, an index could be a scan.
+
+What an object also has is judged as well, and what it has not is not missed:
 
     add(x)                         of (m, d) or (d,): ids count on
     remove(ids)                    the others keep their ids
     search(…, filter=mask)         bool beside the ids: k hits of those allowed, if there are as many
-    graph                          an object with `levels` (n,), `entry`, and `neighbors(node, layer)` -> nodes
-
-Of a graph, the mean level must be 1 / (M − 1) as the paper's mL makes it, the entry point be on the highest layer, no
-node have more than M links on a layer, or 2M on layer 0, and every node be reached on layer 0.
 
 The oracle sorts all distances, in float64.
 """
@@ -34,10 +38,22 @@ from mlsys.contracts.core import Case, Contract, Inputs, Mismatch, Results, Wron
 from mlsys.retrieval import hnsw_numba
 
 SIGNATURE = (
-    "make(*, metric, M, ef_construction, seed) -> object with fit(x) and search(queries, k, ef=…) -> (distances, ids)"
+    "make(*, metric, M, ef_construction, seed) -> object with fit(x), search(queries, k, ef=…) -> (distances, ids), "
+    "and graph, which has levels (n,), entry and neighbors(node, layer) -> nodes"
 )
 OPTIONS = ("metric", "M", "ef_construction", "seed")
-GRAPH = ("mean level", "layers of the entry point below the top", "links over M", "links over 2M", "nodes not reached")
+GRAPH = {  # what is counted, and the rule behind it
+    "mean level": "levels are ⌊−ln(u) / ln M⌋ with u uniform in (0, 1]",
+    "layers of the entry point below the top": "a node that is higher than all others becomes the entry point",
+    "links over M": "a neighbour that gets one too many chooses again, by Algorithm 4 (Algorithm 1, lines 13–16)",
+    "links over 2M": "a neighbour that gets one too many on layer 0 chooses 2M of them, by Algorithm 4",
+    "nodes not reached": "links go both ways (Algorithm 1, line 12), and every node needs one that leads to it",
+}
+KEEP = "keep the ef best while searching, and cut to k at the end"
+SEEDS = {
+    "levels differ": "two indexes of the same seed: draw levels from a generator made of `seed`, for each `fit` anew",
+    "levels are the same": "two indexes of different seeds: draw levels from a generator made of `seed`",
+}
 
 TINY = {"M": 16, "ef_construction": 60, "ef": 100, "k": 10, "floor": 1.0}  # ef ≥ n: exact
 REAL = {"M": 6, "ef_construction": 40, "ef": 60, "k": 10, "floor": 0.9}
@@ -50,9 +66,12 @@ CASES: list[Case] = [
     {"data": "duplicates", "n": 60, "metric": "l2", **TINY},
     {"data": "manifold", "n": 600, "metric": "l2", **REAL},
     {"data": "manifold", "n": 600, "metric": "cosine", **REAL},
-    {"data": "manifold", "n": 600, "metric": "l2", **REAL, "k": 1},
+    {"data": "manifold", "n": 600, "metric": "l2", **REAL, "k": 1, "floor": 0.97},
     {"data": "clusters", "n": 600, "metric": "l2", **REAL, "ef": 30, "floor": 0.97},
+    {"data": "digits of 5", "n": 30, "metric": "l2", **TINY, "use": "fit again"},
+    {"data": "digits of 5", "n": 30, "metric": "l2", **TINY, "use": "x overwritten after fit"},
     {"data": "manifold", "n": 600, "metric": "l2", **REAL, "use": "graph"},
+    {"data": "manifold", "n": 200, "metric": "l2", **REAL, "use": "seeds"},
     {"data": "manifold", "n": 400, "metric": "l2", **REAL, "use": "add"},
     {"data": "manifold", "n": 600, "metric": "l2", **REAL, "use": "remove"},
     {"data": "manifold", "n": 600, "metric": "l2", **REAL, "use": "filter half"},
@@ -72,15 +91,17 @@ SEARCHES = 66_000  # more than 16 bits can count
 
 
 def inputs(case: Case, seed: int, device: str) -> Inputs:
-    """Vectors and queries; `others` are added, `gone` are removed, `allowed` is the filter."""
+    """Vectors and queries; `before` are fitted first, `others` are added, `gone` removed, `allowed` is the filter."""
     rng = np.random.default_rng(seed)
     n, use = case["n"], case.get("use")
     drawn = DATA[case["data"]](rng, n + (120 if use == "add" else 0) + 40)
+    before = DATA[case["data"]](rng, 20 if use == "fit again" else 0)
     allowed = rng.random(n) < {"filter half": 0.5, "filter few": 0.03}.get(str(use), 1.0)
     return {
         "x": drawn[:n],
         "queries": drawn[-40:],
         "others": drawn[n:-40],
+        "before": before,
         "gone": np.sort(rng.choice(n, 250, replace=False)) if use == "remove" else np.empty(0, np.int64),
         "allowed": allowed,
         **{name: case[name] for name in ("metric", "M", "ef_construction", "k", "ef", "floor")},
@@ -128,11 +149,23 @@ def call(make: Callable[..., Any], inputs: Inputs) -> Results:
     options = {name: inputs[name] for name in OPTIONS}
     accepts(make, 0, options, SIGNATURE)
     index = make(**options)
-    index.fit(inputs["x"])
     use, how = inputs["use"], {"ef": inputs["ef"]}
     want = oracle(inputs)
+    if use == "fit again":
+        index.fit(inputs["before"])
+        index.search(inputs["queries"], inputs["k"], **how)
+    x = inputs["x"].copy() if use == "x overwritten after fit" else inputs["x"]
+    index.fit(x)
+    if use == "x overwritten after fit":
+        x[:] = 7
     if use == "graph":
-        return {"graph": _graph(index, inputs, want)} | _answer(index.search(inputs["queries"], inputs["k"], **how))
+        return {"graph": _graph(index, inputs)} | _answer(index.search(inputs["queries"], inputs["k"], **how))
+    if use == "seeds":
+        twin, other = make(**options), make(**options | {"seed": inputs["seed"] + 1})
+        twin.fit(x)
+        other.fit(x)
+        first, second, third = (np.asarray(_has_graph(made).levels) for made in (index, twin, other))
+        return {"seeds": np.array([not np.array_equal(first, second), np.array_equal(first, third)], np.float64)}
     if use in ("add", "remove") and not callable(getattr(index, use, None)):
         return dict(want)
     if use == "add":
@@ -154,7 +187,10 @@ def call(make: Callable[..., Any], inputs: Inputs) -> Results:
 def _answer(answer: Any) -> Results:
     if not isinstance(answer, tuple) or len(answer) != 2:
         raise Mismatch(f"search returned a {type(answer).__name__}, expected the tuple (distances, ids)")
-    distances, ids = (np.asarray(part) for part in answer)
+    try:
+        distances, ids = (np.asarray(part) for part in answer)
+    except ValueError:
+        raise Mismatch("rows that search returned differ in length: fill up with id −1 and distance ∞") from None
     if ids.dtype.kind not in "iu":
         raise Mismatch(f"search returned ids of dtype {ids.dtype}, expected integers; the order is (distances, ids)")
     if distances.shape != ids.shape:
@@ -162,12 +198,21 @@ def _answer(answer: Any) -> Results:
     return {"answer": np.stack([distances.astype(np.float64), ids.astype(np.float64)], axis=-1)}
 
 
-def _graph(index: Any, inputs: Inputs, want: Mapping[str, np.ndarray]) -> np.ndarray:
+def _has_graph(index: Any) -> Any:
+    """Its graph; Mismatch if it shows none."""
     graph = getattr(index, "graph", None)
-    if not all(hasattr(graph, name) for name in ("levels", "entry", "neighbors")):
-        return want["graph"]
-    assert graph is not None
+    missing = [name for name in ("levels", "entry", "neighbors") if not hasattr(graph, name)]
+    if graph is None or missing:
+        what = "the index has no `graph`" if graph is None else f"its `graph` has no `{missing[0]}`"
+        raise Mismatch(f"{what}: let it show `graph.levels` (n,), `graph.entry`, and `graph.neighbors(node, layer)`")
+    return graph
+
+
+def _graph(index: Any, inputs: Inputs) -> np.ndarray:
+    graph, n = _has_graph(index), len(inputs["x"])
     levels, entry, M = np.asarray(graph.levels), int(graph.entry), inputs["M"]
+    if levels.shape != (n,):
+        raise Mismatch(f"`graph.levels` has shape {levels.shape}, expected ({n},): the highest layer of each node")
     over = [0, 0]
     for node, level in enumerate(levels.tolist()):
         for layer in range(level + 1):
@@ -210,6 +255,8 @@ def oracle(inputs: Inputs) -> dict[str, np.ndarray]:
     answer[:, : order.shape[1], 0] = np.take_along_axis(far, order, axis=1)
     answer[:, : order.shape[1], 1] = order
     answer[np.isinf(answer[..., 0]), 1] = -1
+    if inputs["use"] == "seeds":
+        return {"seeds": np.zeros(len(SEEDS))}
     if inputs["use"] != "graph":
         return {"answer": answer}
     return {"graph": np.array([1 / (inputs["M"] - 1), 0, 0, 0, 0], np.float64), "answer": answer}
@@ -217,6 +264,8 @@ def oracle(inputs: Inputs) -> dict[str, np.ndarray]:
 
 def tolerance(inputs: Inputs, name: str, want: np.ndarray) -> float:
     """Rounding of float32 sums of a few products; for the graph, five standard deviations of the mean level."""
+    if name == "seeds":
+        return 0.0
     if name == "graph":
         q = 1 / inputs["M"]
         return 5 * np.sqrt(q) / (1 - q) / np.sqrt(len(inputs["x"]))
@@ -238,7 +287,8 @@ def compare_answer(inputs: Inputs, got: np.ndarray, want: np.ndarray, limit: flo
                 if id_ == -1 and distance == np.inf and right[rank, 1] < 0:
                     continue
                 there = int((right[:, 1] >= 0).sum())
-                return f"{at}; {there} of {k} can be found, and only after them id −1 and distance ∞ stand"
+                rule = f"; {_why_too_few(inputs)}" if id_ == -1 and right[rank, 1] >= 0 else ""
+                return f"{at}; {there} of {k} can be found, and only after them id −1 and distance ∞ stand{rule}"
             if not 0 <= id_ < far.shape[1]:
                 return f"{at}; there is no such id"
             if np.isinf(far[row, id_]):
@@ -253,15 +303,28 @@ def compare_answer(inputs: Inputs, got: np.ndarray, want: np.ndarray, limit: flo
             found = far[row, ids[ids >= 0]]
             bad = np.flatnonzero(np.abs(found - right[: len(found), 0]) > limit)
             if len(bad):
-                return f"query {row}, rank {bad[0]}: distance {found[bad[0]]:.6g}, expected {right[bad[0], 0]:.6g}"
+                near = f"distance {found[bad[0]]:.6g}, expected {right[bad[0], 0]:.6g}"
+                return f"query {row}, rank {bad[0]}: {near}; {_why_too_few(inputs)}"
             twins = _tied(far[row], ids[ids >= 0])
             if twins:
                 return f"query {row}: {twins}"
     hits = got[..., 0] <= want[:, -1:, 0] + limit
     recall = float(hits.mean())
     if recall < inputs["floor"]:
-        return f"recall {recall:.3f} of the {k} nearest at ef={inputs['ef']}, expected at least {inputs['floor']}"
+        low = f"recall {recall:.3f} of the {k} nearest at ef={inputs['ef']}, expected at least {inputs['floor']}"
+        if k == 1:
+            return f"{low}: {KEEP}"
+        return f"{low}: choose links by Algorithm 4, also for a neighbour that has too many of them; {KEEP}"
     return None
+
+
+def _why_too_few(inputs: Inputs) -> str:
+    """What makes a search find fewer than there are."""
+    if len(inputs["gone"]):
+        return "removed ones must not take the places of others"
+    if not inputs["allowed"].all():
+        return "go on until k allowed ones are found"
+    return f"{KEEP}, and let links go both ways (Algorithm 1, line 12)"
 
 
 def _tied(far: np.ndarray, ids: np.ndarray) -> str | None:
@@ -275,9 +338,18 @@ def _tied(far: np.ndarray, ids: np.ndarray) -> str | None:
 
 def compare_graph(inputs: Inputs, got: np.ndarray, want: np.ndarray, limit: float) -> str | None:
     """Which of the rules the graph breaks."""
-    for what, mine, right in zip(GRAPH, got.tolist(), want.tolist(), strict=True):
-        if mine > right + (limit if what == GRAPH[0] else 0) or (what == GRAPH[0] and mine < right - limit):
-            return f"{what}: {mine:.4g}, expected {right:.4g}"
+    for (what, rule), mine, right in zip(GRAPH.items(), got.tolist(), want.tolist(), strict=True):
+        off = abs(mine - right) > limit if what == "mean level" else mine > right
+        if off:
+            return f"{what}: {mine:.4g}, expected {right:.4g}; {rule}"
+    return None
+
+
+def compare_seeds(inputs: Inputs, got: np.ndarray, want: np.ndarray, limit: float) -> str | None:
+    """Whether levels are those of the seed."""
+    for (what, rule), mine in zip(SEEDS.items(), got.tolist(), strict=True):
+        if mine:
+            return f"{what} in {rule}"
     return None
 
 
@@ -304,6 +376,13 @@ class _Levels(_Right):
 
     def _levels(self, n: int) -> np.ndarray:
         return self.how(super()._levels(n), self.rng).astype(np.int32)
+
+
+class _SeedIgnored(_Right):
+    """Every index is that of seed 0."""
+
+    def __init__(self, *, seed: int, **options: Any) -> None:
+        super().__init__(seed=0, **options)
 
 
 class _EntryStays(_Right):
@@ -361,12 +440,14 @@ class _Answers(_Right):
 
     def __init__(self, *, mistake: str, **options: Any) -> None:
         super().__init__(**options)
-        self.mistake, self.searches = mistake, 0
+        self.mistake, self.searches, self.given = mistake, 0, np.empty((0, 0), np.float32)
 
     def search(self, queries: np.ndarray, k: int = 10, *, filter: Any = None, **how: Any) -> tuple[Any, Any]:
         """Search, and spoil it."""
         if self.mistake == "ef_is_k":
             how["ef"] = k
+        if self.mistake == "x_not_copied" and self.metric == "l2" and len(self.given) == len(self):
+            self._graph.vectors[self._node_of_row] = self.given
         if self.mistake == "filter_after_search" and filter is not None:
             distances, ids = super().search(queries, k, **how)
             dropped = (ids < 0) | ~np.asarray(filter)[ids]
@@ -409,6 +490,9 @@ class _Answers(_Right):
 
     def fit(self, x: np.ndarray, ids: np.ndarray | None = None) -> Any:
         """Take them in, or not all."""
+        self.given = x
+        if self.mistake == "fit_adds" and len(self):
+            return self.add(x)
         if self.mistake == "duplicates_dropped":
             _, first = np.unique(x, axis=0, return_index=True)
             ids = np.sort(first)
@@ -437,6 +521,13 @@ WRONG = {
         partial(_Levels, how=lambda levels, rng: levels + (rng.random(len(levels)) < 0.5)),
         "mL is 1 / ln M with the natural logarithm, and the level is rounded down",
     ),
+    "levels_of_no_seed": Wrong(
+        partial(_Levels, how=lambda levels, rng: np.random.default_rng().permutation(levels)),
+        "draw levels from a generator made of `seed`, not from one that all share",
+    ),
+    "seed_ignored": Wrong(_SeedIgnored, "draw levels from a generator made of `seed`: another seed gives other levels"),
+    "fit_adds": Wrong(_wrong("fit_adds"), "fit replaces what an earlier fit built: start from nothing in it"),
+    "x_not_copied": Wrong(_wrong("x_not_copied"), "copy x in fit: it is the caller's, who may overwrite it"),
     "entry_stays": Wrong(
         _EntryStays, "a node that is higher than all others becomes the entry point (Algorithm 1, lines 18–19)"
     ),
@@ -484,5 +575,5 @@ def contract(name: str, reference: Callable[..., Any], *, fast: bool = False) ->
         oracle=oracle,
         tolerance=tolerance,
         wrong=WRONG | MARKS if fast else WRONG,
-        compare={"answer": compare_answer, "graph": compare_graph},
+        compare={"answer": compare_answer, "graph": compare_graph, "seeds": compare_seeds},
     )

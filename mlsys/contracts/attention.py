@@ -95,6 +95,7 @@ FORWARD = [
     case(129, 257, h=2, d=16, causal=True),  # no multiple of any block
     case(300, 301, d=16, causal=True),
     case(6, scale=0.3),
+    case(6, scale=0.0),  # every key counts alike
     case(64, 64, d=32, dtype="bfloat16", causal=True),
     case(33, 70, d=32, dtype="bfloat16"),
     case(11, 13, h=2, dtype="float64", causal=True),
@@ -108,6 +109,11 @@ BACKWARD = [
     # as a transformer has them: heads split off the last axis, and a gradient that sum() or mean() has expanded
     case(20, 24, b=2, h=4, h_kv=2, d=64, dv=80, causal=True, layout="transposed", backward=True),
     case(12, 10, d=16, backward=True, dtype="bfloat16"),
+]
+EMPTY = [
+    case(5, 0, h=2),  # nothing to see: 0
+    case(0, 5, h=2, causal=True),
+    case(3, 4, b=0),
 ]
 TILED_FORWARD = [
     {**case(10, 13, h=2, causal=True), "block_q": 3, "block_k": 4},
@@ -222,6 +228,7 @@ def _plain(
     interleave: bool = False,
     hidden: float = -math.inf,
     ignore_scale: bool = False,
+    zero_is_no_scale: bool = False,
     mask_after: bool = False,
     normalise: bool = True,
     nan_rows: bool = False,
@@ -230,7 +237,9 @@ def _plain(
     h, t, d = q.shape[1:]
     group, s = h // k.shape[1], k.shape[2]
     k, v = (x.repeat(1, group, 1, 1) if interleave else x.repeat_interleave(group, 1) for x in (k, v))
-    scores = q @ k.mT * (factor(d) if scale is None or ignore_scale else scale)
+    if scale is None or ignore_scale or (zero_is_no_scale and scale == 0):
+        scale = factor(d)
+    scores = q @ k.mT * scale
     unseen = torch.ones(t, s, dtype=torch.bool, device=q.device).triu((1 if top_left else s - t + 1) + shift)
     if causal and not mask_after:
         scores = scores.masked_fill(unseen, hidden)
@@ -336,6 +345,10 @@ def _modifies_q(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, 
 WRONG = {
     "no_scale": Wrong(_wrong(factor=lambda d: 1.0), "multiply the scores by 1/√d, or their spread grows with √d"),
     "scale_by_d": Wrong(_wrong(factor=lambda d: 1 / d), "divide the scores by the square root of d, not by d"),
+    "zero_is_no_scale": Wrong(
+        _wrong(zero_is_no_scale=True),
+        "0.0 is a scale as well: `scale or …` takes it for none, `scale is None` does not",
+    ),
     "scale_ignored": Wrong(
         _wrong(ignore_scale=True), "use the `scale` argument where it is given; 1/√d is its default"
     ),
@@ -391,12 +404,18 @@ WRONG = {
     "modifies_q": Wrong(_modifies_q, "work on a copy: the caller's q is not yours to scale in place"),
 }
 
-COMMON: dict[str, Any] = {"inputs": inputs, "call": call, "oracle": formula.oracle, "tolerance": formula.tolerance}
+COMMON: dict[str, Any] = {
+    "inputs": inputs,
+    "call": call,
+    "oracle": formula.oracle,
+    "tolerance": formula.tolerance,
+    "compare": dict.fromkeys(("out", "q.grad", "k.grad", "v.grad"), formula.compare),
+}
 _FLASH = Contract(
     name="attention.flash",
     signature=f"{SIGNATURE}, block_q=None, block_k=None) -> (batch, heads, t, dv)",
     reference=flash.attention,
-    cases=[*FORWARD, *TILED_FORWARD, *BACKWARD, *TILED_BACKWARD],
+    cases=[*FORWARD, *TILED_FORWARD, *BACKWARD, *TILED_BACKWARD, *EMPTY],
     wrong={
         **WRONG,
         "narrow_sums": Wrong(
@@ -426,7 +445,7 @@ _FLASH_TRITON = replace(
     signature=f"{SIGNATURE}) -> (batch, heads, t, dv)",
     reference=_triton("flash_triton", "attention"),
     cases=[
-        *(case for case in [*FORWARD, *BACKWARD] if case["dtype"] != "float64"),
+        *(case for case in [*FORWARD, *BACKWARD, *EMPTY] if case["dtype"] != "float64"),
         {**case(512, d=16, causal=True, backward=True), "linear_memory": True},
     ],
     wrong={name: wrong for name, wrong in _FLASH.wrong.items() if name != "narrow_sums"},
@@ -443,7 +462,7 @@ CONTRACTS = {
         name="attention.naive",
         signature=f"{SIGNATURE}) -> (batch, heads, t, dv)",
         reference=naive.attention,
-        cases=[*FORWARD, *BACKWARD],
+        cases=[*FORWARD, *BACKWARD, *EMPTY],
         wrong=WRONG,
         **COMMON,
     ),

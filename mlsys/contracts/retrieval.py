@@ -9,9 +9,11 @@ queries are lists of lists of tokens, and the result is `(scores, ids)`, both
 - with fewer than k hits the row is filled with id -1 and score 0;
 - equal scores are ordered by id, smallest first;
 - a term that the query repeats counts each time;
+- tokens are taken as they come, in documents and queries: "The", "the", "bus" and "buses" are four terms;
 - `fit` replaces what an earlier `fit` built, an index can be searched again and
   again, and indexes share nothing;
-- an object that has `add(documents)` too is then as if `fit` had been given all.
+- an object that has `add(documents)` too is then as if `fit` had been given all; the lists that it is given stay as
+  they are.
 
 The variants asked for are "lucene" and "okapi" (as in rank_bm25); their formulas
 are in `mlsys.retrieval.bm25`. Which of two documents comes first is not judged
@@ -95,10 +97,12 @@ class Plain:
     only_positive: bool = False
     order: Callable[[float, int], tuple[float, int]] = lambda score, document: (-score, document)
     id_type: type[np.integer] = np.int64
+    taken: Callable[[str], str] = lambda token: token  # what a token is taken for; "" is dropped
 
     def fit(self, documents: list[Tokens]) -> Plain:
         """Count what the formulas need."""
         self.documents = documents
+        documents = [self._tokens(document) for document in documents]
         self.counts = [Counter(document) for document in documents]
         self.lengths = [len(set(document)) if self.distinct_length else len(document) for document in documents]
         self.average = sum(self.lengths) / len(documents)
@@ -114,6 +118,9 @@ class Plain:
     def add(self, documents: list[Tokens]) -> Plain:
         """Count all documents again."""
         return self.fit([*self.documents, *documents])
+
+    def _tokens(self, words: Tokens) -> Tokens:
+        return [token for token in map(self.taken, words) if token]
 
     def _idf(self, n: int, df: int) -> float:
         odds = (n - df + 0.5) / (df + 0.5)
@@ -136,7 +143,7 @@ class Plain:
     def search(self, queries: list[Tokens], k: int) -> tuple[np.ndarray, np.ndarray]:
         """Score everything, sort everything, cut."""
         scores, ids = np.zeros((len(queries), k)), np.full((len(queries), k), -1, np.int64)
-        for row, query in enumerate(queries):
+        for row, query in enumerate(map(self._tokens, queries)):
             found = [(self.score(query, document), document) for document in self.hits(query)]
             found = [(score, document) for score, document in found if score > 0 or not self.only_positive]
             for rank, (score, document) in enumerate(sorted(found, key=lambda hit: self.order(*hit))[:k]):
@@ -271,6 +278,15 @@ def _many(rng: random.Random) -> tuple[list[Tokens], list[Tokens]]:
     return documents, [["often"], *queries]
 
 
+def _written(rng: random.Random) -> tuple[list[Tokens], list[Tokens]]:
+    """Words that a tokenizer might have made one, or left out."""
+    documents, queries = _random(rng)
+    for word in ("The", "the", "a", "of", "bus", "buses", "cat", "cats"):
+        for document in rng.sample(range(40), 9):
+            documents[document] += [word]
+    return documents, [["The", "the"], ["bus"], ["buses", "w3"], ["cat"], ["cats", "bus"], ["a", "of"], queries[0]]
+
+
 CORPORA = {
     "random words": _random,
     "repeated query words": _repeated,
@@ -279,6 +295,7 @@ CORPORA = {
     "duplicates": _duplicates,
     "common words": _common,
     "many documents and words": _many,
+    "words as they are written": _written,
 }
 
 CASES = [
@@ -302,6 +319,7 @@ CASES = [
     {"corpus": "many documents and words", "k": 10, "variant": "lucene", "k1": 1.5, "b": 0.75},
     {"corpus": "random words", "k": 5, "variant": "lucene", "k1": 1.5, "b": 0.75, "use": "add"},
     {"corpus": "few hits, unknown words", "k": 5, "variant": "okapi", "k1": 1.5, "b": 0.75, "use": "add"},
+    {"corpus": "words as they are written", "k": 10, "variant": "lucene", "k1": 1.5, "b": 0.75},
 ]
 
 
@@ -309,6 +327,7 @@ def call(make: Callable[..., Any], inputs: Inputs) -> Results:
     """Fit, search, and see that the result is two rectangles; before that, whatever else the case does."""
     index = make(variant=inputs["variant"], k1=inputs["k1"], b=inputs["b"])
     use, queries, k = inputs.get("use"), inputs["queries"], inputs["k"]
+    parts: list[list[Tokens]] = []
     if use == "fit again":
         index.fit(inputs["others"])
         index.search(queries, k)
@@ -318,10 +337,10 @@ def call(make: Callable[..., Any], inputs: Inputs) -> Results:
         other.fit(inputs["others"])
         other.search(queries, k)
     elif use == "add" and hasattr(index, "add"):
-        parts = (inputs["documents"][part] for part in (slice(0, 20), slice(20, 21), slice(21, None)))
-        index.fit(next(parts))
+        parts = [inputs["documents"][part] for part in (slice(0, 20), slice(20, 21), slice(21, None))]
+        index.fit(parts[0])
         index.search(queries, k)
-        for part in parts:
+        for part in parts[1:]:
             index.add(part)
     else:
         index.fit(inputs["documents"])
@@ -329,12 +348,21 @@ def call(make: Callable[..., Any], inputs: Inputs) -> Results:
         index.search(queries[::-1], k)
         index.search(queries[:1], 1)
     answer = index.search(queries, k)
+    if list(map(len, parts)) not in ([], [20, 1, len(inputs["documents"]) - 21]):
+        raise Mismatch("`add` changed a list of documents that the index was given: it is the caller's, so copy it")
     if not isinstance(answer, tuple) or len(answer) != 2:
         raise Mismatch(f"search returned a {type(answer).__name__}, expected the tuple (scores, ids)")
-    scores, ids = (np.asarray(part) for part in answer)
+    scores, ids = (_rectangle(name, part) for name, part in zip(("scores", "ids"), answer, strict=True))
     if ids.dtype.kind not in "iu":
         raise Mismatch(f"search returned ids of dtype {ids.dtype}, expected integers; the order is (scores, ids)")
     return {"scores": scores, "ids": ids}
+
+
+def _rectangle(name: str, rows: Any) -> np.ndarray:
+    try:
+        return np.asarray(rows)
+    except ValueError:
+        raise Mismatch(f"rows of {name} differ in length: fill up with id -1 and score 0 after the last hit") from None
 
 
 def oracle(inputs: Inputs) -> dict[str, np.ndarray]:
@@ -399,6 +427,15 @@ WRONG = {
     ),
     "missing_k1_plus_1": Wrong(partial(Plain, numerator=False), "the okapi variant has the factor k1 + 1"),
     "query_as_set": Wrong(partial(Plain, query_as_set=True), "a term that the query repeats counts each time"),
+    "lower_cased": Wrong(partial(Plain, taken=str.lower), 'tokens are taken as they come: "The" and "the" are two'),
+    "stemmed": Wrong(
+        partial(Plain, taken=lambda token: token.removesuffix("s")),
+        'tokens are taken as they come: "cat" and "cats" are two, and to stem them is the tokenizer\'s work',
+    ),
+    "stop_words_dropped": Wrong(
+        partial(Plain, taken=lambda token: "" if token in ("a", "of", "the") else token),
+        "tokens are taken as they come: to leave some out is the tokenizer's work",
+    ),
     "worst_first": Wrong(
         partial(Plain, order=lambda score, document: (score, document)),
         "sort by descending score: the best comes first",

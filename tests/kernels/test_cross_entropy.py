@@ -1,5 +1,7 @@
 """Cross-entropy without logits, readable and in Triton: float64, plain low precision, memory, refusals."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from mlsys.bench.memory import peak_bytes
+from mlsys.contracts import check, find
 from mlsys.kernels import _triton, cross_entropy, cross_entropy_triton
 from mlsys.kernels._triton import config
 from mlsys.loading import import_file
@@ -35,6 +38,10 @@ def plain(hidden, weight, targets, *, softcap=None, **options):
     logits = hidden @ weight.t()
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     return F.cross_entropy(logits, targets, **options)
+
+
+def plain_in_float32(hidden, weight, targets, **options):
+    return plain(hidden.float(), weight.float(), targets, **options)
 
 
 def all_of(way, hidden, weight, targets, **options):
@@ -196,6 +203,57 @@ def test_nothing_beyond_the_tensors_is_read_or_written(options):
     torch.testing.assert_close(loss, want)
     for a, b in zip(grads, torch.autograd.grad(want.sum(), (hidden, weight)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# --- the contract -----------------------------------------------------------------------------------------------------
+
+
+def chunked(chunk, **fixed):
+    return lambda *x, **options: cross_entropy.cross_entropy(*x, chunk=chunk, **options, **fixed)
+
+
+def in_parts(hidden, weight, targets, *, reduction="mean", **options):
+    """Chunks whose logits autograd keeps until the backward pass."""
+    parts = hidden.split(64), targets.split(64)
+    losses = [plain(h, weight, t, reduction="none", **options).float() for h, t in zip(*parts, strict=True)]
+    losses = torch.cat(losses)
+    kept = (targets != options["ignore_index"]).sum()
+    return losses if reduction == "none" else losses.sum() / (kept if reduction == "mean" else 1)
+
+
+def low_precision(hidden, weight, targets, **options):
+    return plain(hidden, weight, targets, **options).float()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_chunks_of_any_size_pass_the_contract(chunk, seed):
+    verdict = check(find("kernels.cross_entropy"), chunked(chunk), seed=seed)
+    assert verdict.passed, str(verdict)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    ("impl", "special", "message"),
+    [
+        (
+            plain_in_float32,
+            "memory",
+            r"MiB were alive at once, .* 1\.0 MiB: compute the logits of a few rows at a time",
+        ),
+        (in_parts, "memory", "MiB were alive at once"),
+        (chunked(512), "memory", "MiB were alive at once"),
+        (low_precision, "alike", "loss: largest error"),
+        (chunked(1, wide_sum=False), "alike", "d_weight: largest error"),
+    ],
+)
+def test_the_contract_refuses(impl, special, message, seed):
+    contract = find("kernels.cross_entropy")
+    failure = check(replace(contract, cases=[c for c in contract.cases if c["special"] == special]), impl, seed=seed)
+    assert re.search(message, failure.failure.message), str(failure)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("unchecked_types")

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from mlsys.contracts import _parallel_pipeline, check, find
+from mlsys.contracts import _parallel_pipeline, _parallel_ranks, check, find
 from mlsys.models import transformer
 from mlsys.models.transformer import Transformer
 from mlsys.parallel import LaunchError, _pipeline_messages, launch, ledger
@@ -35,7 +35,7 @@ from mlsys.parallel.schedules import (
     zb_h2,
     zb_v,
 )
-from mlsys.parallel.timeline import Timeline, gather
+from mlsys.parallel.timeline import Span, Timeline, gather
 from mlsys.perf import pipeline as perf
 from mlsys.perf.configs import gpt, llama
 
@@ -900,6 +900,21 @@ def test_what_was_measured_can_be_simulated():
         measured([[], []])
 
 
+def test_measured_times_keep_the_sum_of_each_stage():
+    """An operation that was interrupted is part of a step's length; a BW is a B and a W where a stage has all three."""
+    spans, now = [], 0.0
+    for op, took in (
+        (Op("F", 0, 0), 1), (Op("F", 0, 1), 1), (Op("F", 0, 2), 4), (Op("B", 0, 0), 2), (Op("BW", 0, 1), 6),
+        (Op("B", 0, 2), 2), (Op("W", 0, 0), 1), (Op("W", 0, 2), 3),
+    ):  # fmt: skip
+        spans.append(Span("compute", str(op), now, now + took))
+        now += took
+    f, b, w = measured([spans])
+    assert (f, b, w) == ([2.0], [8 / 3], [2.0])
+    table = {0: [op for op, _, _ in operations(spans)]}
+    assert simulate(table, f, b, w).makespan == pytest.approx(now)
+
+
 def held():
     """What a rank keeps of a step while it runs: as many graphs as the schedule says, and few tensors under way."""
     x, y = rows(32)
@@ -1108,9 +1123,70 @@ def test_the_contract_names_every_mistake(name):
     assert verdict.failure.hint == wrong.hint
 
 
+TOLD = _parallel_pipeline.TOLD
+WAITING = {"sends", "waits_at_once", "dropped"}
+RAISED = {
+    "global_ranks": " raised ValueError: ",
+    "sends_strided": " has to be contiguous. ",
+    "receives_strided": " has to be contiguous. ",
+    "chunks": " raised IndexError: tuple index out of range. ",
+    "no_grad_asked": " raised AttributeError: 'NoneType' object has no attribute 'contiguous'. ",
+}
+
+
+@pytest.mark.parametrize("name", RAISED)
+def test_the_words_of_an_error_are_followed_by_what_to_do(name):
+    failure = check(CONTRACT, TOLD[name].impl).failure
+    assert RAISED[name] in failure.message
+    assert TOLD[name].hint in failure.message
+    assert TOLD.keys() == RAISED.keys() | WAITING
+
+
 def test_whoever_takes_ranks_of_all_for_those_of_a_group_is_told():
-    wrong = _parallel_pipeline.GLOBAL_RANKS
-    failure = check(CONTRACT, wrong.impl).failure
+    failure = check(CONTRACT, TOLD["global_ranks"].impl).failure
     assert failure.case == {"n": 3, "microbatches": 4, "rows": 9, "members": (1, 2)}
-    assert " raised ValueError: " in failure.message
-    assert wrong.hint in failure.message
+
+
+@pytest.mark.parametrize("name", sorted(WAITING))
+def test_ranks_that_wait_for_each_other_are_told_what_for(name, monkeypatch):
+    monkeypatch.setattr(_parallel_ranks, "TIMEOUT_S", 10.0)  # they start and get stuck within it on a busy machine too
+    message = check(replace(CONTRACT, cases=CONTRACT.cases[1:2]), TOLD[name].impl).failure.message
+    assert message.startswith("2 of 2 ranks had not finished after 10 s; rank 0 ")
+    assert message.endswith(f". {TOLD[name].hint}")
+
+
+def test_ranks_that_wait_for_something_else_are_not_told_about_messages():
+    advice = _parallel_pipeline.advice_for_waiting
+    stuck = "3 of 3 ranks had not finished after 30 s; they are in different collectives"
+    sent = "has issued its 6th message, isend of float64 (2, 4) at my.py:18"
+    barrier = "is in its 1st collective, barrier at their.py:161"
+    received = "is in its 2nd message, recv of float64 (2, 4) at my.py:24"
+    assert advice(f"{stuck}; rank 0 is in its 1st collective, all_reduce at my.py:66; {sent}; rank 1 {barrier}") is None
+    assert advice(f"{stuck}; rank 0 {sent}; rank 1 {barrier}; {sent}") is None  # waits at the end, for one who has left
+    assert advice(f"{stuck}; rank 0 {sent}; rank 1 {received}") is None
+    assert advice("rank 1 raised ValueError: 5; rank 0 is in its 2nd message, recv of float64 (2, 4)") is None
+    assert advice(f"{stuck}; rank 0 {received}; rank 1 {barrier}; {sent}") == _parallel_pipeline.NOBODY_SENDS
+
+
+class Guarded:
+    """An activation's gradient is sent if there is one; there is none."""
+
+    def __call__(self, stage, loss, inputs, targets, microbatches, group=None):
+        if dist.get_rank() == 0:
+            y = stage(inputs)
+            gradient = torch.empty_like(y)
+            dist.send(y.detach(), 1)
+            dist.recv(gradient, 1)
+            return y.backward(gradient)
+        x = torch.empty_like(inputs)
+        dist.recv(x, 0)
+        value = loss(stage(x), targets)
+        value.backward()
+        if x.grad is not None:
+            dist.send(x.grad, 0)
+        return value.detach()
+
+
+def test_an_activation_without_a_gradient_is_told_even_if_nothing_raises():
+    failure = check(CONTRACT, Guarded()).failure
+    assert failure.message == f"rank 1: {_parallel_pipeline.NO_GRAD_ASKED}"

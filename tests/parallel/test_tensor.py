@@ -954,6 +954,37 @@ def test_the_contract_takes_another_right_implementation_and_names_mistakes_on_a
     assert named == {name: name for name in contract.wrong}
 
 
+class Sliced(nn.Module):
+    """Parameters that are slices, of the wrong ranks; an empty one raises nothing."""
+
+    def __init__(self, up, down, group=None):
+        super().__init__()
+        k = up.out_features // dist.get_world_size(group)
+        mine = slice(dist.get_rank() * k, (dist.get_rank() + 1) * k)
+        plain = _parallel_tensor._Plain(up, down, group)
+        self.up, self.down, self.plain = plain.up, plain.down, plain
+        self.up.weight = nn.Parameter(up.weight[mine])
+        self.down.weight = nn.Parameter(down.weight[:, mine])
+
+    def forward(self, x):
+        return self.plain(x)
+
+
+@pytest.mark.parametrize(
+    ("impl", "message"),
+    [
+        (_parallel_tensor.TOLD["global_rank"].impl, "rank 2 raised IndexError: index 8 is out of bounds"),
+        (_parallel_tensor.TOLD["global_size"].impl, ": .up.weight has 2 rows of 8, expected 4. "),
+        (Sliced, "rank 2: .up.weight has 0 rows of 8, expected 4. "),
+    ],
+)
+def test_whoever_takes_ranks_of_all_for_those_of_a_group_is_told(impl, message):
+    failure = check(find("parallel.tensor"), impl).failure
+    assert failure.case == {"n": 3, "members": (1, 2)}
+    assert message in failure.message
+    assert f". {_parallel_tensor.OF_A_GROUP}" in failure.message
+
+
 def no_shares(up, down, group=None):
     return nn.Sequential(up, nn.GELU(), down)
 

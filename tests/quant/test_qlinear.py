@@ -428,6 +428,28 @@ def test_contract_accepts_plain_torch():
     assert check(CONTRACTS["qlinear"], plain).passed
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_contract_accepts_the_reference(seed):
+    verdict = check(CONTRACTS["qlinear"], CONTRACTS["qlinear"].reference, seed=seed)
+    assert verdict.passed, str(verdict)
+
+
+@pytest.mark.parametrize("wrong", sorted(CONTRACTS["qlinear"].wrong))
+def test_contract_names_the_wrong_variant(wrong):
+    failure = check(CONTRACTS["qlinear"], CONTRACTS["qlinear"].wrong[wrong].impl, seed=1).failure
+    assert failure is not None
+    assert failure.like == wrong, str(failure)
+
+
+def test_contract_refuses_what_cannot_take_views():
+    def contiguous_only(x, *args, **options):
+        return CONTRACTS["qlinear"].reference(x.view(-1).view(x.shape), *args, **options)
+
+    failure = check(CONTRACTS["qlinear"], contiguous_only).failure
+    assert failure is not None
+    assert failure.case["given"] == "views"
+
+
 @pytest.mark.parametrize("path", ["auto", "reference", "native", "int_mm"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_row_that_no_integers_stand_for_is_nan_and_the_others_stay(path, bad):

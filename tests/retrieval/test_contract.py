@@ -176,6 +176,26 @@ def test_rejects_what_only_a_larger_corpus_or_a_second_use_shows(impl, named, se
     assert named in verdict.failure.case.values()
 
 
+class Ragged(BM25):
+    """Rows as long as there are hits."""
+
+    def search(self, queries, k=10):
+        scores, ids = super().search(queries, k)
+        return [s[i >= 0] for s, i in zip(scores, ids, strict=True)], [i[i >= 0] for i in ids]
+
+
+class Extends(BM25):
+    """Keeps the caller's list of documents, and adds to it."""
+
+    def fit(self, documents):
+        self.kept = documents
+        return super().fit(documents)
+
+    def add(self, documents):
+        self.kept += documents
+        return super().fit(self.kept)
+
+
 @pytest.mark.parametrize(
     ("impl", "message"),
     [
@@ -184,6 +204,8 @@ def test_rejects_what_only_a_larger_corpus_or_a_second_use_shows(impl, named, se
         (Alone, r"expected the tuple \(scores, ids\)"),
         (Greedy, "modified its argument documents"),
         (Twice, "is returned 2 times|comes first"),
+        (Ragged, "rows of scores differ in length: fill up with id -1 and score 0"),
+        (Extends, "changed a list of documents"),
         (lambda **_: None, "AttributeError"),
     ],
 )

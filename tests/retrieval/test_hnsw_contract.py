@@ -1,5 +1,7 @@
 """The HNSW contract accepts both references, and rejects and names every wrong variant."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -31,18 +33,20 @@ def test_rejects_and_names_the_wrong_variant(name, seed):
 
 
 class Bare:
-    """No graph, no removal, no filter: brute force, which is right."""
+    """`fit`, `search` and `graph`, and no more."""
 
-    def __init__(self, *, metric, M, ef_construction, seed):
-        self.metric = metric
+    def __init__(self, **options):
+        self.index = hnsw_numba.HNSW(**options)
 
     def fit(self, x):
-        self.x = x
+        self.index.fit(x)
 
     def search(self, queries, k, ef):
-        drawn = {"x": self.x, "queries": queries, "others": self.x[:0], "gone": [], "k": k, "use": None}
-        answer = oracle({**drawn, "allowed": np.ones(len(self.x), bool), "metric": self.metric})["answer"]
-        return answer[..., 0], answer[..., 1].astype(int)
+        return self.index.search(queries, k, ef=ef)
+
+    @property
+    def graph(self):
+        return self.index.graph
 
 
 def test_what_an_object_has_not_is_not_missed():
@@ -50,23 +54,54 @@ def test_what_an_object_has_not_is_not_missed():
     assert verdict.passed, str(verdict)
 
 
-class Swapped(Bare):
+class Scan:
+    """No graph: brute force."""
+
+    def __init__(self, *, metric, M, ef_construction, seed):
+        self.metric = metric
+
+    def fit(self, x):
+        self.x = x.copy()
+
+    def search(self, queries, k, ef):
+        drawn = {"x": self.x, "queries": queries, "others": self.x[:0], "gone": [], "k": k, "use": None}
+        answer = oracle({**drawn, "allowed": np.ones(len(self.x), bool), "metric": self.metric})["answer"]
+        return answer[..., 0], answer[..., 1].astype(int)
+
+
+class NoNeighbors(Scan):
+    graph = SimpleNamespace(levels=[0], entry=0)
+
+
+class OtherLevels(Scan):
+    graph = SimpleNamespace(levels=[0], entry=0, neighbors=lambda node, layer: [])
+
+
+class Ragged(Scan):
+    def search(self, queries, k, ef):
+        distances, ids = super().search(queries, k, ef)
+        short = [list(row) for row in distances]
+        short[0].pop()
+        return short, ids
+
+
+class Swapped(Scan):
     def search(self, queries, k, ef):
         return super().search(queries, k, ef)[::-1]
 
 
-class Alone(Bare):
+class Alone(Scan):
     def search(self, queries, k, ef):
         return super().search(queries, k, ef)[1]
 
 
-class Greedy(Bare):
+class Greedy(Scan):
     def fit(self, x):
         x += 1
         super().fit(x)
 
 
-class Twice(Bare):
+class Twice(Scan):
     def search(self, queries, k, ef):
         distances, ids = super().search(queries, k, ef)
         return distances[:, [0, 0, *range(1, k - 1)]], ids[:, [0, 0, *range(1, k - 1)]]
@@ -80,6 +115,10 @@ class Twice(Bare):
         (Greedy, "modified its argument x"),
         (Twice, "returned twice"),
         (lambda metric: None, "cannot be called as make"),
+        (Scan, "the index has no `graph`: let it show `graph.levels`"),
+        (NoNeighbors, "its `graph` has no `neighbors`"),
+        (OtherLevels, "`graph.levels` has shape (1,), expected (600,)"),
+        (Ragged, "differ in length: fill up with id −1 and distance ∞"),
     ],
 )
 def test_rejects_what_is_no_index(impl, message):
@@ -92,3 +131,33 @@ def test_inputs_are_the_same_for_the_same_seed():
         for a, b in zip(inputs(case, 3, "cpu").values(), inputs(case, 3, "cpu").values(), strict=True):
             np.testing.assert_array_equal(a, b)
     assert {case["data"] for case in CASES} == set(DATA)
+
+
+def unlucky(**mistake):
+    """The readable index with another way to draw levels, or to link: other random numbers than the wrong variants'."""
+
+    class Mine(hnsw.HNSW):
+        def __init__(self, *, metric, M, ef_construction, seed):
+            super().__init__(metric, M, ef_construction, seed + 7, select=mistake.get("select", "heuristic"))
+
+        def _levels(self, n):
+            return mistake.get("levels", lambda levels: levels)(super()._levels(n))
+
+        def search(self, queries, k, ef):
+            return super().search(queries, k, ef=k if mistake.get("ef_is_k") else ef)
+
+    return Mine
+
+
+@pytest.mark.parametrize(
+    ("mistake", "rule"),
+    [
+        ({"select": "nearest"}, "choose links by Algorithm 4"),
+        ({"levels": lambda levels: 2 * levels}, "levels are ⌊−ln(u) / ln M⌋"),
+        ({"ef_is_k": True}, "keep the ef best while searching"),
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_message_tells_the_rule_where_no_wrong_variant_has_the_same_numbers(mistake, rule, seed):
+    failure = check(CONTRACTS["hnsw"], unlucky(**mistake), seed=seed).failure
+    assert rule in failure.message, str(failure)

@@ -7,7 +7,7 @@ import pytest
 from mlsys.bench import find, run
 from mlsys.contracts.core import check
 from mlsys.contracts.retrieval import CONTRACTS
-from mlsys.retrieval import bm25_numba, exact, ivfpq_numba, late_interaction, pq_numba
+from mlsys.retrieval import bm25_numba, exact, hnsw_numba, ivfpq_numba, late_interaction, pq_numba
 
 
 class Holds:
@@ -77,10 +77,14 @@ class MyIVFPQ(Holds):
 
 class MyHNSW(Holds):
     def __init__(self, *, metric, M, ef_construction, seed):
-        self.index = exact.Exact(metric)
+        self.index = hnsw_numba.HNSW(metric, M, ef_construction, seed)
+
+    @property
+    def graph(self):
+        return self.index.graph
 
     def search(self, queries, k, ef):
-        return self.index.search(queries, k)
+        return self.index.search(queries, k, ef=ef)
 
 
 class MyLateInteraction(Holds):
