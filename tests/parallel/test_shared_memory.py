@@ -590,7 +590,7 @@ def test_a_killed_rank_is_noticed_at_once(tmp_path):
         try:
             memory.all_reduce(tensor)
         except TimeoutError as error:
-            print(time.monotonic() - start < 50, error)
+            print(time.monotonic() - start < 50, error, flush=True)
         os._exit(0)  # without gloo's farewell
     """)
     ranks = [
