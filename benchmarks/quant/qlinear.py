@@ -168,14 +168,7 @@ def torchao(activations: bool, compiled: bool = False, bits: int = 8) -> Maker:
             quantization.quantize_(linear, config)
             layers.append(torch.compile(linear) if compiled else linear)
 
-        def layer(run: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
-            def call() -> Tensor:
-                with torch.no_grad():
-                    return run(x)
-
-            return call
-
-        return [layer(linear) for linear in layers]
+        return [_called(linear, x) for linear in layers]
 
     return Maker(made)
 
@@ -196,16 +189,17 @@ def torchao_int4(compiled: bool) -> Maker:
             linear.weight = torch.nn.Parameter(weight, requires_grad=False)
             layers.append(torch.compile(linear) if compiled else linear)
 
-        def layer(run: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
-            def call() -> Tensor:
-                with torch.no_grad():
-                    return run(x)
-
-            return call
-
-        return [layer(linear) for linear in layers]
+        return [_called(linear, x) for linear in layers]
 
     return Maker(made)
+
+
+def _called(linear: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
+    def call() -> Tensor:
+        with torch.no_grad():
+            return linear(x)
+
+    return call
 
 
 def prepare_call(function: Any, case: Case, given: Inputs) -> Callable[[], Any]:
