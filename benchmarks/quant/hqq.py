@@ -126,7 +126,7 @@ DEFAULT = [
     *(case("int4:g64:fp16", n) for n in SIZES),
     case("int4:g64:fp16", 1024, 4096),
     *(case(f"int{bits}:g{size}:fp16", 1024) for bits in (2, 3) for size in (16, 64)),
-    case("int8:fp16", 1024),
+    case("int8:affine:fp16", 1024),
     *(case(f"int{bits}:g64:fp16", 1024, of="heavy") for bits in (2, 3, 4)),
 ]
 bench = Benchmark(

@@ -38,11 +38,12 @@ class Sweeps(NamedTuple):
     """What is done to the scores of a tile between the matmuls: pure memory traffic, which a compiler can fuse.
 
     softmax:  (scores, state, tile, plan). Turns scores into P; state is m, z and exp(m − m'), (3, group·rows, 1).
+              Returns whether some exp(m − m') may be other than 1, so that the numerators have to be rescaled.
     gradient: (scores, dp, lse, delta, tile, plan). Turns scores into P and dP into dS.
     narrow:   (q). Whether `softmax` takes tiles of q's 16 bits as they are, in natural units, if nothing changes them.
     """
 
-    softmax: Callable[[Tensor, Tensor, Tile, Plan], None]
+    softmax: Callable[[Tensor, Tensor, Tile, Plan], bool]
     gradient: Callable[[Tensor, Tensor, Tensor, Tensor, Tile, Plan], None]
     blocks: Blocks
     narrow: Callable[[Tensor], bool]

@@ -4,7 +4,8 @@
 tell, and 2^n is n in the exponent's bits: 16 numbers take some 20 instructions.
 
 Maximum: the compiler does not vectorize that of floats, since a NaN among them would depend on the order. It does so
-with integers, and the bits of floats are integers in the same order once negative ones are flipped.
+with integers, and the bits of floats are integers in the same order, or, if all are negative, in the opposite one: so
+the largest and the smallest integer are kept, of which one is the largest float.
 
 bfloat16 is the upper half of a float32. numba has no type for it: it is read as uint16.
 """
@@ -26,8 +27,7 @@ _C0, _C1, _C2, _C3, _C4, _C5, _C6 = (
     .coef.astype(np.float32)
 )
 _LEAST = np.float32(-127)  # 2^x is 0 from here down, and so is 2^−∞
-_BIAS, _MANTISSA_BITS, _SIGN_BIT, _ALL_BUT_SIGN = np.int32(127), np.int32(23), np.int32(31), np.int32(2**31 - 1)
-_SIGN_BIT_16, _ALL_BUT_SIGN_16 = np.int16(15), np.int16(2**15 - 1)
+_BIAS, _MANTISSA_BITS = np.int32(127), np.int32(23)
 _HALF, _JUST_BELOW_HALF = np.int32(16), np.int32(0x7FFF)  # of the bits of a float32
 _LOWEST = np.float32(-np.inf)
 # Sums in any order and fused multiply-adds; NaN and infinity keep their meaning
@@ -47,33 +47,23 @@ def exp2(x: np.float32) -> np.float32:
 @njit(cache=True, nogil=True)
 def largest(bits: Array, so_far: np.float32) -> np.float32:
     """The larger of `so_far` and the floats with these bits, int32."""
-    top = np.int32(-(2**31))
+    high, low = np.int32(-(2**31)), np.int32(2**31 - 1)
     for j in range(bits.shape[0]):
-        ordered = _ordered(bits[j])
-        top = ordered if ordered > top else top
-    largest = _ordered(top).view(np.float32)
-    return so_far if bits.shape[0] == 0 or largest < so_far else largest
-
-
-@njit(cache=True, nogil=True, inline="always")
-def _ordered(bits: np.int32) -> np.int32:
-    """An integer that is larger where the float is, and back again: all bits but the sign flipped if negative."""
-    return np.int32(bits ^ ((bits >> _SIGN_BIT) & _ALL_BUT_SIGN))
+        high = bits[j] if bits[j] > high else high
+        low = bits[j] if bits[j] < low else low
+    top = np.int32(high if high >= 0 else low).view(np.float32)
+    return so_far if bits.shape[0] == 0 or top < so_far else top
 
 
 @njit(cache=True, nogil=True)
 def _largest_bfloat16(bits: Array) -> np.float32:
     """The largest of the bfloat16 with these bits, of which there is at least one."""
-    top = np.int16(-(2**15))
+    high, low = np.int16(-(2**15)), np.int16(2**15 - 1)
     for j in range(bits.shape[0]):
-        ordered = _ordered_16(np.int16(bits[j]))
-        top = ordered if ordered > top else top
-    return _bfloat16(_ordered_16(top))
-
-
-@njit(cache=True, nogil=True, inline="always")
-def _ordered_16(bits: np.int16) -> np.int16:
-    return np.int16(bits ^ ((bits >> _SIGN_BIT_16) & _ALL_BUT_SIGN_16))
+        x = np.int16(bits[j])
+        high = x if x > high else high
+        low = x if x < low else low
+    return _bfloat16(np.int16(high if high >= 0 else low))
 
 
 @njit(cache=True, nogil=True, inline="always")

@@ -91,11 +91,9 @@ from mlsys.attention._flash_scores import (
     add_product,
     change,
     hide,
-    in_buffer,
     make_plan,
     shaped,
     stacked,
-    times,
 )
 from mlsys.attention._flash_tiles import BLOCK_K, BLOCK_Q, Tile, along, tiles, traffic
 from mlsys.attention._inputs import check_block, check_qkv, check_rules, wide
@@ -247,14 +245,20 @@ def _online_softmax(
         m.view(plan.group, -1).copy_((sinks[strip.heads] * LOG2E)[:, None])
         z.fill_(1.0)
 
-    first, multiply = True, in_buffer if plan.narrow else times
+    first, softmax = True, plan.how.sweeps.softmax
+    widened = wide(q) if wide(q) != q.dtype and not plan.narrow else None
     unit = plan.how.scale * (1 if plan.narrow else plan.how.unit)
-    for tile in along(strip, plan.block_k, plan.how.rules.mask):
-        scores = multiply(q, k[tile.columns].mT, plan.buffers[0], unit)  # (group·rows, columns)
-        plan.how.sweeps.softmax(scores, state, tile, plan)
-        if not first:
+    scores = product = shaped(plan.buffers[0], q.shape[0], 0)
+    for tile in along(strip, plan.block_k, plan.how.rules.mask):  # a millisecond each: a dozen calls of torch are seen
+        start, width = tile.columns.start, tile.columns.stop - tile.columns.start
+        if width != product.shape[1]:
+            scores = product = shaped(plan.buffers[0], q.shape[0], width)  # (group·rows, columns)
+        product.addmm_(q, k.narrow(0, start, width).mT, beta=0, alpha=unit)
+        if widened:
+            scores = product.to(widened)
+        if softmax(scores, state, tile, plan) and not first:
             acc.mul_(rescale)
-        add_product(acc, scores.to(v.dtype), v[tile.columns], to_nothing=first)
+        add_product(acc, scores if widened is None else scores.to(v.dtype), v.narrow(0, start, width), to_nothing=first)
         first = False
     if lse is not None:
         lse.copy_((z.log2() + m).view(lse.shape))
@@ -265,7 +269,7 @@ def _online_softmax(
     torch.div(acc.view(out.shape), z.view(*out.shape[:2], 1), out=out)
 
 
-def _softmax_sweep(scores: Tensor, state: Tensor, tile: Tile, plan: Plan) -> None:
+def _softmax_sweep(scores: Tensor, state: Tensor, tile: Tile, plan: Plan) -> bool:
     m, z, rescale = state
     change(scores, tile, plan)
     hide(scores, tile, plan)
@@ -274,6 +278,7 @@ def _softmax_sweep(scores: Tensor, state: Tensor, tile: Tile, plan: Plan) -> Non
     scores.sub_(m_new).exp2_()
     z.mul_(rescale).add_(scores.sum(-1, keepdim=True))
     m.copy_(m_new)
+    return True
 
 
 def _gradient_sweep(scores: Tensor, dp: Tensor, lse: Tensor, delta: Tensor, tile: Tile, plan: Plan) -> None:

@@ -6,8 +6,12 @@ to it, sum up; 2 MB each time, which do not fit in the second-level cache. Here 
 tile, 4 KB, goes through all of it while it lies in the first-level cache, and what a query
 does not see is not computed at all:
 
-    forward     m' = max(m, max Sᵢ)     Pᵢⱼ = 2^(Sᵢⱼ − m')     z ← z · 2^(m − m') + Σⱼ Pᵢⱼ
+    forward     m' = m or max Sᵢ        Pᵢⱼ = 2^(Sᵢⱼ − m')     z ← z · 2^(m − m') + Σⱼ Pᵢⱼ
     backward    Pᵢⱼ = 2^(Sᵢⱼ − Lᵢ)      dSᵢⱼ = Pᵢⱼ · (dPᵢⱼ − Dᵢ)
+
+m' need not be the maximum: any number near it keeps 2^x in range, and A / z and m + log z stay what they are. So m
+rises only where the maximum is more than 8 above it, which makes of P at most 2^8; after the first tiles that is
+rare, and where it happens in no row of a tile, A is not rescaled at all.
 
 Half of torch's time went into 2^x, worked out to the last bit: here it is a polynomial, and the maximum
 is one of integers, so that the compiler makes vector instructions of both (`_vector_numba`).
@@ -32,6 +36,7 @@ kernel is as fast: both are bound by the matmuls. Any change to the sweeps has t
 
 Papers:
     Dao 2023, arXiv:2307.08691, section 3.1 (fewer operations that are no matmul).
+    Zadouri et al. 2026, "FlashAttention-4" (rescale only where the maximum has risen by more than a threshold).
     Cody & Waite 1980, "Software Manual for the Elementary Functions" (reduce the argument, then a polynomial).
 
 See also:
@@ -53,6 +58,7 @@ from mlsys.attention._flash_tiles import Tile
 from mlsys.attention._vector_numba import REORDERED, exp2, number, peak, stored
 
 _LOG2E, _ONE = np.float32(LOG2E), np.float32(1)
+_RISE = np.float32(8)  # by how much, in units of log 2, a maximum may lie above m before m follows
 # The best of a grid at head_dim 64. A tile, in the backward pass two, fills 1 MB of L2; in 16 bits it is twice as wide.
 BLOCKS = Blocks(full=(512, 512), band=(256, 1024), backward=(256, 512))
 
@@ -74,16 +80,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **op
     return flash.attention(q, k, v, return_lse=return_lse, sweeps=_SWEEPS, **options)  # type: ignore[call-overload]
 
 
-def _softmax_sweep(scores: Tensor, state: Tensor, tile: Tile, plan: Plan) -> None:
+def _softmax_sweep(scores: Tensor, state: Tensor, tile: Tile, plan: Plan) -> bool:
     if plan.narrow:
-        bits, heads = scores.view(torch.uint16).numpy(), plan.group
-        _softmax_rows(bits, state.numpy(), scores.shape[0] // heads, *edges(tile, plan), _LOG2E)
-        return
-    if not _compiled_for(scores):
-        flash.SWEEPS.softmax(scores, state, tile, plan)
-        return
-    change(scores, tile, plan)
-    _softmax_rows(scores.numpy(), state.numpy(), scores.shape[0] // plan.group, *edges(tile, plan), _ONE)
+        bits, unit = scores.view(torch.uint16).numpy(), _LOG2E
+    elif _compiled_for(scores):
+        change(scores, tile, plan)
+        bits, unit = scores.numpy(), _ONE
+    else:
+        return flash.SWEEPS.softmax(scores, state, tile, plan)
+    return _softmax_rows(bits, state.numpy(), bits.shape[0] // plan.group, *edges(tile, plan), unit)
 
 
 def _gradient_sweep(scores: Tensor, dp: Tensor, lse: Tensor, delta: Tensor, tile: Tile, plan: Plan) -> None:
@@ -114,17 +119,21 @@ Array = Any  # (rows, columns) or (rows,), float32; scores may be bfloat16, as u
 
 
 @njit(cache=True, nogil=True, fastmath=REORDERED)
-def _softmax_rows(s: Array, state: Array, rows: int, first: int, last: int, unit: np.float32) -> None:
+def _softmax_rows(s: Array, state: Array, rows: int, first: int, last: int, unit: np.float32) -> bool:
     """P in place of S, and m, z and 2^(m − m') of each row; row r of each head sees columns first + r … last + r.
 
-    S times `unit` is in units of log 2, as m is.
+    S times `unit` is in units of log 2, as m is. Returns whether any m has risen.
     """
     m, z, rescale = state[0, :, 0], state[1, :, 0], state[2, :, 0]
+    risen = False
     for i in range(s.shape[0]):
         start, stop = _visible(i % rows, s.shape[1], first, last)
         row = s[i, start:stop]
         top = peak(row) * unit
-        top = m[i] if top < m[i] else top
+        if top - m[i] > _RISE:
+            risen = True
+        else:
+            top = m[i]
         total = np.float32(0)
         for j in range(row.shape[0]):
             p = exp2(number(row[j]) * unit - top)
@@ -135,6 +144,7 @@ def _softmax_rows(s: Array, state: Array, rows: int, first: int, last: int, unit
         m[i] = top
         s[i, :start] = 0
         s[i, stop:] = 0
+    return risen
 
 
 @njit(cache=True, nogil=True, fastmath=REORDERED)

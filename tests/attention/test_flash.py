@@ -365,22 +365,21 @@ def test_tiles_cover_what_is_visible_and_none_is_in_vain(t, s, causal, window, m
     assert (covered[visible] == 1).all()
 
 
-def test_tiles_are_those_that_are_computed(monkeypatch):
-    """The counter walks as the forward pass does: as many products as tiles."""
+def test_tiles_are_those_that_are_computed():
+    """The counter walks as the forward pass does: as many tiles of scores, of the same shapes."""
     made = []
-    product = flash.times
 
-    def counted(a, b, buffer, by):
-        made.append((len(a), b.shape[1]))
-        return product(a, b, buffer, by)
+    def counted(scores, *others):
+        made.append(tuple(scores.shape))
+        return flash.SWEEPS.softmax(scores, *others)
 
-    monkeypatch.setattr(flash, "times", counted)
+    sweeps = flash.SWEEPS._replace(softmax=counted)
     q, k, v = qkv(h=1, t=40, s=50, requires_grad=False)
     mask = torch.ones(40, 50, dtype=torch.bool)
     mask[:20, :25] = False
     for given_ in ({}, {"causal": True}, {"window": (7, 2)}, {"mask": mask, "causal": True}):
         made.clear()
-        flash.attention(q, k, v, **given_, block_q=8, block_k=10)
+        flash.attention(q, k, v, **given_, block_q=8, block_k=10, sweeps=sweeps)
         assert made == [(len(a), len(b)) for a, b in flash.tiles(40, 50, **given_, block_q=8, block_k=10)]
 
 

@@ -180,6 +180,33 @@ def test_the_compiled_sweep_is_the_one_that_runs(monkeypatch):
         flash_numba.attention(*[q.detach().double()] * 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rise", [0.0, 1.0, 5.0, 30.0])
+def test_a_maximum_that_rises_a_little_is_left_behind_and_the_result_is_the_same(dtype, rise):
+    """A column of ones in q and steps of `rise` in k: the scores of each block of keys lie so much higher."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 64, 8, generator=generator) for _ in "qkv")
+    q = 0.3 * q
+    q[..., 0], k[..., 0] = 1.0, torch.arange(64) // 8 * rise
+    rescaled = []
+
+    def counted(*given):
+        rescaled.append(flash_numba._SWEEPS.softmax(*given))
+        return rescaled[-1]
+
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    options = {"scale": 1.0, "return_lse": True}
+    want = naive.attention(q.double(), k.double(), v.double(), **options)
+    sweeps = flash_numba._SWEEPS._replace(softmax=counted)
+    got = flash.attention(q, k, v, **options, block_q=64, block_k=8, sweeps=sweeps)
+    by_naive = naive.attention(q, k, v, **options)
+    for x, y, allowed in zip(got, want, by_naive, strict=True):
+        assert (x - y).abs().max() < 1.5 * (allowed - y).abs().max() + 2e-5
+    first, *later = rescaled[:8]
+    assert first is True
+    assert {0.0: sum(later) == 0, 1.0: 0 < sum(later) < 7, 5.0: 0 < sum(later), 30.0: all(later)}[rise]
+
+
 def test_16_bits_with_options_take_the_compiled_sweep_too():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 33, 8, generator=generator).bfloat16() for _ in range(3))

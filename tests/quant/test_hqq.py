@@ -7,6 +7,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
+from mlsys.bench import find
 from mlsys.contracts.core import check
 from mlsys.contracts.quant import CONTRACTS
 from mlsys.quant import hqq, quantize
@@ -49,6 +50,12 @@ def test_it_never_loses_to_nearest_by_its_measure(rows, columns, scheme, shift, 
         mine, theirs = mine.sum(), theirs.sum()
     if not scheme.endswith("dq"):  # whose steps may be lost
         assert bool((mine <= theirs * 1.001 + 1e-3 * columns**0.5).all())
+
+
+def test_every_scheme_of_the_benchmark_is_one_of_hqqs():
+    schemes = {case["scheme"] for cases in find.load("quant.hqq").cases.values() for case in cases}
+    for scheme in schemes:
+        assert hqq(draw(2, 128), scheme).shape == (2, 128)
 
 
 def test_most_of_the_gain_is_there():
