@@ -36,6 +36,7 @@ from torch.nn import functional as F
 
 from mlsys.attention import paged, paged_numba
 from mlsys.attention._kv_quant import FORMATS, dequantize, quantize
+from mlsys.attention.kv_cache import BLOCK
 from mlsys.bench import Benchmark, Impl, Plot, Work
 
 Case = Mapping[str, Any]
@@ -52,7 +53,7 @@ def case(
     n: int,
     dtype: str,
     *,
-    block: int = 16,
+    block: int = BLOCK,
     prefix: int = 0,
     t: int = 1,
     **more: int,
@@ -282,7 +283,7 @@ bench = Benchmark(
                 case("decode", *shape, dtype, block=block)
                 for dtype in DTYPES
                 for shape in SHAPES
-                for block in (16, 256)
+                for block in (16, BLOCK, 256)
             ),
             *OTHER_CASES,
             *ON_GPU,
@@ -292,7 +293,7 @@ bench = Benchmark(
                 case("decode", *shape, dtype, block=block)
                 for dtype in DTYPES
                 for shape in SHAPES
-                for block in (8, 16, 64, 256)
+                for block in (8, 16, BLOCK, 256)
             ),
             *OTHER_CASES,
             *(case("prefix", 32, 8, 8, prefix + 64, "bfloat16", prefix=prefix) for prefix in (128, 512, 2048)),

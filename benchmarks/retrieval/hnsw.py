@@ -34,6 +34,7 @@ SWEEP: dict[Size, tuple[int, ...]] = {
 }
 GROWTH_EF = 80
 BUILD = 10_000  # vectors in a timed build
+BUILD_MORE = 50_000  # with two threads as well: they share a batch, and batches grow with the graph
 
 
 def cases(data: str, n: int, size: Size) -> list[Case]:
@@ -47,6 +48,7 @@ def cases(data: str, n: int, size: Size) -> list[Case]:
         *({**search, "n": n, "ef": ef} for ef in SWEEP[size]),
         build,
         *([] if size == "quick" else [{**build, "threads": 2}]),
+        *([] if size == "quick" or n < BUILD_MORE else [{**build, "n": BUILD_MORE, "threads": 2}]),
     ]
 
 

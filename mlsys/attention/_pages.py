@@ -22,6 +22,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+BLOCK = 64  # tokens in a block, unless told otherwise (see `Pool`)
+
 
 class OutOfBlocks(RuntimeError):
     """Too few blocks are left for what was asked; nothing has changed."""
@@ -96,6 +98,8 @@ class Sequence:
 class Pool:
     """`blocks` blocks of `block` tokens each, and the sequences that share them.
 
+    block:  `BLOCK`, 64, unless told otherwise. Small blocks waste less at the end of a sequence, half of one, and begin
+            more prefixes alike; large ones are read faster: on a CPU, by up to half between 16 and 64, little beyond.
     window: how many tokens before it a query sees beside itself, as `window=(left, 0)` of `attention`; blocks that no
     later query sees are given back. None: all.
 
@@ -105,7 +109,7 @@ class Pool:
     been so for longest; a sequence lets go of its last blocks first, so that of a prefix the end is evicted first.
     """
 
-    def __init__(self, blocks: int, block: int = 16, *, window: int | None = None) -> None:
+    def __init__(self, blocks: int, block: int = BLOCK, *, window: int | None = None) -> None:
         self.blocks = whole("blocks", blocks)
         self.block = whole("block", block)
         self.window = None if window is None else whole("window", window, at_least=0)

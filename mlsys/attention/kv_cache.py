@@ -77,14 +77,15 @@ from torch import Tensor
 from mlsys.attention._inputs import DTYPES
 from mlsys.attention._kv_quant import FORMATS, dequantize, quantize
 from mlsys.attention._paged_items import Tables
-from mlsys.attention._pages import OutOfBlocks, Pool, Sequence, ids, whole
+from mlsys.attention._pages import BLOCK, OutOfBlocks, Pool, Sequence, ids, whole
 
-__all__ = ["Batch", "OutOfBlocks", "PagedKVCache", "Pool", "Sequence"]
+__all__ = ["BLOCK", "Batch", "OutOfBlocks", "PagedKVCache", "Pool", "Sequence"]
 
 
 class PagedKVCache:
     """Keys and values of all layers in `blocks` blocks of `block` tokens; `pool` knows whose they are.
 
+    block:     as in `Pool`, which says what speaks for small ones and for large ones.
     window:    as in `Pool`: how many tokens before it a query sees.
     quantized: None, "int8" or "fp8" (e4m3).
     dtype:     of what goes in and comes out; torch's default.
@@ -99,7 +100,7 @@ class PagedKVCache:
         kv_heads: int,
         head_dim: int,
         blocks: int,
-        block: int = 16,
+        block: int = BLOCK,
         *,
         window: int | None = None,
         quantized: str | None = None,

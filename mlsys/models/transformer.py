@@ -71,7 +71,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mlsys.attention import naive
-from mlsys.attention.kv_cache import Batch, PagedKVCache, Sequence
+from mlsys.attention.kv_cache import BLOCK, Batch, PagedKVCache, Sequence
 from mlsys.models import _checkpoint
 from mlsys.models._inputs import check_ids
 from mlsys.models._layers import AttentionFn, Block, Cache, KVCache, embedding, norm, rotation
@@ -183,7 +183,7 @@ class Transformer(nn.Module):
         return KVCache(self.config, batch, capacity, device=weight.device, dtype=weight.dtype)
 
     def paged_cache(
-        self, blocks: int, block: int = 16, *, window: int | None = None, quantized: str | None = None
+        self, blocks: int, block: int = BLOCK, *, window: int | None = None, quantized: str | None = None
     ) -> PagedKVCache:
         """An empty cache of `blocks` blocks of `block` tokens, which any number of sequences share, of any lengths.
 

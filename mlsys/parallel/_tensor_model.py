@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mlsys.attention import naive
-from mlsys.attention.kv_cache import PagedKVCache
+from mlsys.attention.kv_cache import BLOCK, PagedKVCache
 from mlsys.models import _checkpoint
 from mlsys.models._inputs import check_ids
 from mlsys.models._layers import AttentionFn, Cache, KVCache, rotation
@@ -132,7 +132,7 @@ class TensorParallel(Transformer):
         return KVCache(config, batch, capacity, device=weight.device, dtype=weight.dtype)
 
     def paged_cache(
-        self, blocks: int, block: int = 16, *, window: int | None = None, quantized: str | None = None
+        self, blocks: int, block: int = BLOCK, *, window: int | None = None, quantized: str | None = None
     ) -> PagedKVCache:
         """An empty cache of `blocks` blocks for this rank's key/value heads, as `Transformer.paged_cache`."""
         weight, config = self.token_embedding.weight, self._local()
