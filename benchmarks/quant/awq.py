@@ -152,9 +152,9 @@ bench = Benchmark(
     inputs=inputs,
     work=work,
     impls={
-        "awq": Impl(lambda: awq, "reference"),
-        "nearest": Impl(lambda: nearest, "variant"),
-        "gptq": Impl(lambda: by_gptq, "ours"),
+        "nearest": Impl(lambda: nearest, "reference"),
+        "awq": Impl(lambda: awq, "ours"),
+        "gptq": Impl(lambda: by_gptq, "variant"),
         "torchao": Impl(lambda: by_torchao, "peer", needs="torchao", only=lambda c: not c.get("clip")),
     },
     subject="awq",

@@ -144,9 +144,9 @@ bench = Benchmark(
     inputs=inputs,
     work=work,
     impls={
-        "hqq": Impl(lambda: hqq, "reference"),
-        "nearest": Impl(lambda: quantize, "variant"),
-        "gptq": Impl(lambda: gptq, "ours"),
+        "nearest": Impl(lambda: quantize, "reference"),
+        "hqq": Impl(lambda: hqq, "ours"),
+        "gptq": Impl(lambda: gptq, "variant"),
         "torchao": Impl(lambda: by_torchao, "peer", needs="torchao"),
     },
     subject="hqq",

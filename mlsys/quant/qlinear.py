@@ -343,13 +343,16 @@ def _triton(call: _Call) -> Tensor:
 
 
 def _int_mm(call: _Call) -> Tensor:
-    codes, t = round_rows(call.x)
+    x = call.x.detach().float().contiguous()
+    codes, t = round_rows(x) if call.w.native is None else _native.quantize_rows(x)
     scale = call.qw.scales()
     assert scale is not None
     w = call.qw.codes.view(torch.int8).T
     if 1 < call.m <= 16:  # torch multiplies few rows with a transposed view slowly
         w = w.contiguous()
-    return torch._int_mm(codes, w) * (t * scale.T)
+    # In place: memory that is new costs more than the multiplication. Small scales first, so that no product overflows
+    first, second = (scale.T, t) if scale.max() <= 1 else (t, scale.T)
+    return torch._int_mm(codes, w).float().mul_(first).mul_(second)
 
 
 def _int8pack(call: _Call) -> Tensor:
