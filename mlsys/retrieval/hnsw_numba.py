@@ -36,7 +36,8 @@ See also:
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import nullcontext
 
 import numpy as np
 
@@ -45,6 +46,7 @@ from mlsys.retrieval._hnsw_index import SELECT, NodeIndex
 from mlsys.retrieval._vectors import METRICS, whole
 
 FEW = 4  # nodes or queries: not worth a thread
+PIECES = 4  # of the work, for each thread: to hand one over takes as long as a node or two
 
 
 class HNSW(NodeIndex):
@@ -81,7 +83,7 @@ class HNSW(NodeIndex):
         if self.threads == 1 or len(nodes) <= FEW:
             super()._link_in(nodes)
             return
-        with ThreadPoolExecutor(self.threads) as self._pool:
+        with ThreadPoolExecutor(self.threads - 1) as self._pool:
             try:
                 super()._link_in(nodes)
             finally:
@@ -154,15 +156,28 @@ class HNSW(NodeIndex):
         return marks if len(marks) > len(self._graph) else np.zeros(len(self._graph) + 1, np.uint16)
 
     def _spread(self, work: Callable[[int, int], None], n: int, each: int = FEW) -> None:
-        """Let the threads do work(begin, end) for all of 0 … n."""
+        """Let the threads do work(begin, end) for all of 0 … n; the one that calls is one of them."""
         parts = min(self.threads, -(-n // each))
         if parts <= 1:
             work(0, n)
             return
-        pieces = min(16 * parts, -(-n // each))  # more than threads: who is done early takes another
-        ends = [n * piece // pieces for piece in range(pieces + 1)]
-        if self._pool:
-            list(self._pool.map(work, ends[:-1], ends[1:]))
-            return
-        with ThreadPoolExecutor(parts) as pool:
-            list(pool.map(work, ends[:-1], ends[1:]))
+        pieces = min(PIECES * parts, -(-n // each))  # more than threads: who is done early takes another
+        ends = [n * piece // pieces for piece in range(pieces, -1, -1)]
+        left = list(zip(ends[1:], ends[:-1], strict=True))  # the first at the end
+
+        def take_turns() -> None:
+            while True:
+                try:
+                    begin, end = left.pop()  # lists are safe to share between threads
+                except IndexError:
+                    return
+                work(begin, end)
+
+        with nullcontext(self._pool) if self._pool else ThreadPoolExecutor(parts - 1) as pool:
+            others = [pool.submit(take_turns) for _ in range(parts - 1)]
+            try:
+                take_turns()
+            finally:
+                wait(others)
+            for other in others:
+                other.result()
