@@ -7,8 +7,7 @@ time, and compared with the bar there (`_registers_numba`). After the first tile
 any is below.
 
 A few queries get no matrix product at all: reading the vectors takes longer than
-computing with them. So one loop reads each vector once, and finds Σ(q − x)² in
-registers, for up to 8 queries at a time.
+computing with them. So one loop reads each vector once, for up to 8 queries at a time.
 
 Many queries are shared out among as many threads as numba is set to, each its own: what
 is found does not depend on how many.
@@ -70,7 +69,7 @@ class Exact(exact.Exact):
         k_here = min(k, n)
         collector = Collector(len(queries), k_here, slack)
         if len(queries) <= FEW and rows is None:
-            _stream(queries, x, self.metric == "l2", *collector.state)
+            _stream(queries, x, halves, *collector.state)
         else:
             _compare(queries, x, halves, rows, collector)
         overflown = collector.settle(self.metric, queries, x, self._ids, rows, distances, ids, by_row=True)
@@ -119,40 +118,27 @@ def _parts(n: int, most: int) -> Iterator[slice]:
 
 @njit(cache=True, nogil=True)
 def _stream(
-    queries: Array, x: Array, squared: bool, heaps: Array, slack: Array, estimates: Array, slots: Array, counts: Array
+    queries: Array, x: Array, halves: Array, heaps: Array, slack: Array, estimates: Array, slots: Array, counts: Array
 ) -> None:
     """`collect` of estimates that are computed directly, a few vectors at a time and each read once for all queries."""
     n = len(x)
     room = np.empty((1, STREAM), np.float32)
-    zeros = np.zeros(STREAM, np.float32)
     which = np.zeros(1, np.int64)
     none = np.empty(0, np.bool_)
     for start in range(0, n, STREAM):
         if start + STREAM > n:  # the last ones
             room = np.empty((1, n - start), np.float32)
         for q in range(len(queries)):
-            estimate(queries[q], x, start, squared, room[0])
+            estimate(queries[q], x, start, room[0])
             which[0] = q
-            collect(room, zeros[: room.shape[1]], start, which, none, heaps, slack, estimates, slots, counts)
+            collect(room, halves[start : start + STREAM], start, which, none, heaps, slack, estimates, slots, counts)
 
 
 @njit(cache=True, nogil=True, fastmath={"nnan", "nsz", "reassoc", "contract"})
-def estimate(query: Array, x: Array, start: int, squared: bool, out: Array) -> None:
-    """½Σ(q − x)² or −⟨q, x⟩ for the vectors x[start], x[start + 1], …, one for each place in `out`.
-
-    The first is ½‖q‖² more than the estimate that `collect` is given otherwise: the same for all vectors of a query.
-    """
-    d = x.shape[1]
-    if squared:
-        for i in range(len(out)):
-            total = np.float32(0)
-            for j in range(d):
-                step = query[j] - x[start + i, j]
-                total += step * step
-            out[i] = np.float32(0.5) * total
-    else:
-        for i in range(len(out)):
-            total = np.float32(0)
-            for j in range(d):
-                total += query[j] * x[start + i, j]
-            out[i] = -total
+def estimate(query: Array, x: Array, start: int, out: Array) -> None:
+    """−⟨q, x⟩ for the vectors x[start], x[start + 1], …, one for each place in `out`."""
+    for i in range(len(out)):
+        total = np.float32(0)
+        for j in range(x.shape[1]):
+            total += query[j] * x[start + i, j]
+        out[i] = -total

@@ -85,7 +85,7 @@ def _scan(
                 _estimate_four(queries, some, x, start, products)
             else:
                 for r in range(len(some)):
-                    estimate(queries[some[r]], x, start, False, products[r])
+                    estimate(queries[some[r]], x, start, products[r])
             collect(products, halves[start:end], start, some, near, heaps, slack, estimates, slots, counts)
             at += len(some)
 
