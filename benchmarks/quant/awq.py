@@ -4,8 +4,8 @@ All start from the same weights and calibration inputs: correlated ones, of whic
 large, as in language models. "nearest" looks at no inputs, GPTQ makes up for errors by xᵀx. The peer torchao searches
 as the paper's own code does: for each α it quantizes, and takes all inputs through the layer, twice.
 
-What to look at: the error as a share of that of round-to-nearest. With one scale a row, or large groups, the large
-columns' errors are most of the error and AWQ takes away most of it; the smaller the groups, the less. GPTQ leaves less
+What to look at: the error as a share of that of round-to-nearest. The large columns' errors are most of the error, and
+AWQ takes away half of it and more, also in groups of 128, of which nearly each has a large column. GPTQ leaves less
 on the inputs that it was shown. "unseen" is the same share for inputs that were not: AWQ's stays as it was, and GPTQ's
 is the larger one where it was shown fewer inputs than there are columns.
 """

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mlsys.attention._flash_scores import LOG2E, How, add_product, make_plan, stacked, times
+from mlsys.attention._flash_scores import LOG2E, How, add_product, in_buffer, make_plan, scores_of, stacked
 from mlsys.attention._flash_tiles import Tile, within
 
 
@@ -66,8 +66,8 @@ def backward(
                 if tile is None:
                     continue
                 seen = slice(tile.columns.start - start, tile.columns.stop - start)
-                scores = times(qi, keys[seen].mT, plan.buffers[0], how.scale * how.unit)  # (group·rows, columns)
-                dp = times(doi, values[seen].mT, plan.buffers[1])
+                scores = scores_of(qi, keys[seen], plan)  # (group·rows, columns)
+                dp = in_buffer(doi, values[seen].mT, plan.buffers[1]).to(lse.dtype)
                 how.sweeps.gradient(scores, dp, lse_i, delta_i, tile, plan)
                 p, ds = scores.to(q.dtype), dp.to(q.dtype)
                 add_product(dvt[:, seen], doi.mT, p)

@@ -80,6 +80,9 @@ class Plan(NamedTuple):
     band: Band  # the rules' own, as the next: a tile is a matter of microseconds
     by_band_alone: bool
     narrow: bool  # the scores stay in 16 bits
+    natural: (
+        bool  # 16 bits are rounded in natural units, by every pass alike, or P would not sum to 1 in the backward one
+    )
     # Space for two tiles of scores, and for a block of results: fresh memory for each would cost page faults, some 10%
     # of the time
     buffers: tuple[Tensor, ...]
@@ -99,7 +102,9 @@ def make_plan(q: Tensor, k: Tensor, v: Tensor, how: How, blocks: tuple[int, int]
     rows = group * block_q
     buffers = q.new_empty(passes, rows * columns).unbind()
     numerator = q.new_empty(rows * v.shape[3], dtype=wide(q))
-    return Plan(how, group, block_q, block_k, band, how.rules.by_band_alone, narrow, buffers, numerator, future)
+    alone = how.rules.by_band_alone
+    natural = alone and q.element_size() == 2
+    return Plan(how, group, block_q, block_k, band, alone, narrow, natural, buffers, numerator, future)
 
 
 # --- products ---------------------------------------------------------------------------------------------------------
@@ -120,9 +125,12 @@ def in_buffer(a: Tensor, b: Tensor, buffer: Tensor, by: float = 1.0) -> Tensor:
     return shaped(buffer, a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=by)
 
 
-def times(a: Tensor, b: Tensor, buffer: Tensor, by: float = 1.0) -> Tensor:
-    """`in_buffer`, widened if that is 16 bits."""
-    return in_buffer(a, b, buffer, by).to(wide(a))
+def scores_of(q: Tensor, k: Tensor, plan: Plan) -> Tensor:
+    """The scores of a tile for a sweep, widened: scale · q kᵀ in `How.unit`."""
+    how = plan.how
+    if plan.natural:
+        return in_buffer(q, k.mT, plan.buffers[0], how.scale).to(wide(q)).mul_(LOG2E)
+    return in_buffer(q, k.mT, plan.buffers[0], how.scale * how.unit).to(wide(q))
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, by: float = 1.0, *, to_nothing: bool = False) -> None:

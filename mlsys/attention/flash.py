@@ -247,7 +247,7 @@ def _online_softmax(
 
     first, softmax = True, plan.how.sweeps.softmax
     widened = wide(q) if wide(q) != q.dtype and not plan.narrow else None
-    unit = plan.how.scale * (1 if plan.narrow else plan.how.unit)
+    unit = plan.how.scale * (1 if plan.natural else plan.how.unit)
     scores = product = shaped(plan.buffers[0], q.shape[0], 0)
     for tile in along(strip, plan.block_k, plan.how.rules.mask):  # a millisecond each: a dozen calls of torch are seen
         start, width = tile.columns.start, tile.columns.stop - tile.columns.start
@@ -256,6 +256,8 @@ def _online_softmax(
         product.addmm_(q, k.narrow(0, start, width).mT, beta=0, alpha=unit)
         if widened:
             scores = product.to(widened)
+            if plan.natural:
+                scores.mul_(LOG2E)
         if softmax(scores, state, tile, plan) and not first:
             acc.mul_(rescale)
         add_product(acc, scores if widened is None else scores.to(v.dtype), v.narrow(0, start, width), to_nothing=first)

@@ -31,7 +31,8 @@ Memory:
     `flash`'s, with half or a quarter of its tile: there are no more fixed costs in Python for
     a wide one to spread. In bfloat16 without options 1 MB, where `flash` has 2 or more of whole rows.
 
-Where it loses: below some 1000 keys the walk over heads in Python still shows. In the forward pass torch's
+Where it loses: below some 1000 keys the walk over heads in Python still shows. With P up to 2^8, A overflows by
+    values beyond 10^38 / (256 · keys), which `flash` still sums up. In the forward pass torch's
 kernel is as fast: both are bound by the matmuls. Any change to the sweeps has to be made twice.
 
 Papers:

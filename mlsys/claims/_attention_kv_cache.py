@@ -63,7 +63,7 @@ def token_share(policy: Policy) -> float:
     prompts = np.clip(_lengths(random, 161.31, 1.1, arrivals.size), 1, 1024)
     outputs = np.minimum(np.maximum(_lengths(random, 337.99, 0.9, arrivals.size), 1), OPT.context - prompts)
 
-    pool = Pool(SLOTS // 16)
+    pool = Pool(SLOTS // 16, 16)
     waiting, running = 0, list[list[int]]()  # a running request: its number, and how many tokens it has
     held: Held = {}
     again: list[list[int]] = []  # what had to make room

@@ -350,9 +350,10 @@ def _int_mm(call: _Call) -> Tensor:
     w = call.qw.codes.view(torch.int8).T
     if 1 < call.m <= 16:  # torch multiplies few rows with a transposed view slowly
         w = w.contiguous()
-    # In place: memory that is new costs more than the multiplication. Small scales first, so that no product overflows
-    first, second = (scale.T, t) if scale.max() <= 1 else (t, scale.T)
-    return torch._int_mm(codes, w).float().mul_(first).mul_(second)
+    # In place: memory that is new costs more than the multiplications. Scales below 1 before x's, and those above after
+    # them: so no product overflows that is finite in the end
+    y = torch._int_mm(codes, w).float()
+    return y.mul_(scale.T.clamp(max=1)).mul_(t).mul_(scale.T.clamp(min=1))
 
 
 def _int8pack(call: _Call) -> Tensor:

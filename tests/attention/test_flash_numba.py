@@ -207,6 +207,27 @@ def test_a_maximum_that_rises_a_little_is_left_behind_and_the_result_is_the_same
     assert {0.0: sum(later) == 0, 1.0: 0 < sum(later) < 7, 5.0: sum(later) > 0, 30.0: all(later)}[rise]
 
 
+@pytest.mark.parametrize("module", [flash, flash_numba])
+@pytest.mark.parametrize("blocks", [{}, {"block_q": 16, "block_k": 24}])
+@pytest.mark.parametrize("size", [1, 4, 16])
+def test_gradients_in_16_bits_err_as_those_of_naive(module, blocks, size):
+    """The backward pass rounds the scores as the forward pass has: else P would not sum to 1, the less the larger."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(1, 2, 64, 64, generator=generator) for _ in range(4))
+    given = [x.bfloat16() for x in (size * q, k, v)]
+    grads = []
+    for function, dtype, options in (
+        (naive.attention, torch.float64, {}),
+        (naive.attention, torch.bfloat16, {}),
+        (module.attention, torch.bfloat16, blocks),
+    ):
+        leaves = [x.to(dtype).requires_grad_() for x in given]
+        out = function(*leaves, causal=True, **options)
+        grads.append(torch.autograd.grad(out, leaves, grad.to(dtype)))
+    for exact, by_naive, got in zip(*grads, strict=True):
+        assert (got - exact).abs().max() < 1.6 * (by_naive - exact).abs().max()
+
+
 def test_16_bits_with_options_take_the_compiled_sweep_too():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 33, 8, generator=generator).bfloat16() for _ in range(3))

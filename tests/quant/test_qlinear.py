@@ -467,3 +467,12 @@ def test_int8pack_is_refused_where_it_would_read_beyond_the_rows(columns):
     qw = quantize(torch.randn(7, columns, generator=torch.Generator().manual_seed(0)), "int8")
     with pytest.raises(ValueError, match=f"beyond the end of a row of {columns}"):
         qlinear(torch.ones(1, columns, dtype=torch.bfloat16), qw, path="int8pack")
+
+
+def test_int_mm_scales_each_row_of_weights_without_overflow_on_the_way():
+    """A row of large weights must not decide for one of small ones, whose products are finite."""
+    w = torch.ones(2, 64) * torch.tensor([[1e3], [1e-3]])
+    x = torch.full((20, 64), 1e37)
+    y = qlinear(x, quantize(w, "int8"), path="int_mm", activations="int8")
+    torch.testing.assert_close(y, qlinear(x, quantize(w, "int8"), path="reference", activations="int8"))
+    assert y[0].isfinite().tolist() == [False, True]
