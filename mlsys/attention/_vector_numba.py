@@ -30,6 +30,7 @@ _LEAST = np.float32(-127)  # 2^x is 0 from here down, and so is 2^−∞
 _BIAS, _MANTISSA_BITS = np.int32(127), np.int32(23)
 _HALF, _JUST_BELOW_HALF = np.int32(16), np.int32(0x7FFF)  # of the bits of a float32
 _LOWEST = np.float32(-np.inf)
+_LOG2E = np.float32(np.log2(np.e))
 # Sums in any order and fused multiply-adds; NaN and infinity keep their meaning
 REORDERED = {"reassoc", "contract", "nsz"}
 
@@ -101,6 +102,11 @@ def stored(x: np.float32, like: Any) -> Any:
     return _to_bfloat16(x) if isinstance(like, np.uint16) else x
 
 
+def in_log2(x: Any, like: Any) -> Any:
+    """A score from natural units to those of log 2 where `like` is bfloat16; float32 is in those already."""
+    return x * _LOG2E if like.dtype == np.uint16 else x
+
+
 @overload(peak)
 def _peak(row: Any) -> Any:
     def of_bfloat16(row: Any) -> Any:
@@ -121,6 +127,17 @@ def _number(x: Any) -> Any:
         return x
 
     return of_bfloat16 if x == types.uint16 else of_float32
+
+
+@overload(in_log2, inline="always")
+def _in_log2(x: Any, like: Any) -> Any:
+    def of_bfloat16(x: Any, like: Any) -> Any:
+        return x * _LOG2E
+
+    def of_float32(x: Any, like: Any) -> Any:
+        return x
+
+    return of_bfloat16 if like.dtype == types.uint16 else of_float32
 
 
 @overload(stored, inline="always")

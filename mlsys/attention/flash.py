@@ -242,7 +242,8 @@ def _online_softmax(
     m, z, rescale = state.unbind()  # maximum and denominator so far, of nothing: the lowest number instead of −∞,
     m.fill_(torch.finfo(m.dtype).min)  # so that −∞ − m is never −∞ + ∞
     if sinks is not None:
-        m.view(plan.group, -1).copy_((sinks[strip.heads] * LOG2E)[:, None])
+        sink = sinks[strip.heads] if plan.narrow else sinks[strip.heads] * LOG2E
+        m.view(plan.group, -1).copy_(sink.clamp(min=torch.finfo(m.dtype).min)[:, None])
         z.fill_(1.0)
 
     first, softmax = True, plan.how.sweeps.softmax
@@ -263,7 +264,7 @@ def _online_softmax(
         add_product(acc, scores if widened is None else scores.to(v.dtype), v.narrow(0, start, width), to_nothing=first)
         first = False
     if lse is not None:
-        lse.copy_((z.log2() + m).view(lse.shape))
+        lse.copy_((z.log2() + (m * LOG2E if plan.narrow else m)).view(lse.shape))
     if first:  # a mask hides every tile
         acc.zero_()
     if plan.how.rules.mask is not None:

@@ -54,11 +54,10 @@ from numba import njit
 from torch import Tensor
 
 from mlsys.attention import flash
-from mlsys.attention._flash_scores import LOG2E, Blocks, Plan, Sweeps, TileOptions, change, edges
+from mlsys.attention._flash_scores import Blocks, Plan, Sweeps, TileOptions, change, edges
 from mlsys.attention._flash_tiles import Tile
-from mlsys.attention._vector_numba import REORDERED, exp2, number, peak, stored
+from mlsys.attention._vector_numba import REORDERED, exp2, in_log2, number, peak, stored
 
-_LOG2E, _ONE = np.float32(LOG2E), np.float32(1)
 _RISE = np.float32(8)  # by how much, in units of log 2, a maximum may lie above m before m follows
 # The best of a grid at head_dim 64. A tile, in the backward pass two, fills 1 MB of L2; in 16 bits it is twice as wide.
 BLOCKS = Blocks(full=(512, 512), band=(256, 1024), backward=(256, 512))
@@ -83,13 +82,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **op
 
 def _softmax_sweep(scores: Tensor, state: Tensor, tile: Tile, plan: Plan) -> bool:
     if plan.narrow:
-        bits, unit = scores.view(torch.uint16).numpy(), _LOG2E
+        numbers = scores.view(torch.uint16).numpy()
     elif _compiled_for(scores):
         change(scores, tile, plan)
-        bits, unit = scores.numpy(), _ONE
+        numbers = scores.numpy()
     else:
         return flash.SWEEPS.softmax(scores, state, tile, plan)
-    return _softmax_rows(bits, state.numpy(), bits.shape[0] // plan.group, *edges(tile, plan), unit)
+    return _softmax_rows(numbers, state.numpy(), numbers.shape[0] // plan.group, *edges(tile, plan))
 
 
 def _gradient_sweep(scores: Tensor, dp: Tensor, lse: Tensor, delta: Tensor, tile: Tile, plan: Plan) -> None:
@@ -120,27 +119,28 @@ Array = Any  # (rows, columns) or (rows,), float32; scores may be bfloat16, as u
 
 
 @njit(cache=True, nogil=True, fastmath=REORDERED)
-def _softmax_rows(s: Array, state: Array, rows: int, first: int, last: int, unit: np.float32) -> bool:
+def _softmax_rows(s: Array, state: Array, rows: int, first: int, last: int) -> bool:
     """P in place of S, and m, z and 2^(m − m') of each row; row r of each head sees columns first + r … last + r.
 
-    S times `unit` is in units of log 2, as m is. Returns whether any m has risen.
+    m is in the units of S: of log 2, or, of bfloat16, natural ones, which are subtracted before they are converted:
+    the rounding of the largest alone would move huge scores by more than 1. Returns whether any m has risen.
     """
     m, z, rescale = state[0, :, 0], state[1, :, 0], state[2, :, 0]
     risen = False
     for i in range(s.shape[0]):
         start, stop = _visible(i % rows, s.shape[1], first, last)
         row = s[i, start:stop]
-        top = peak(row) * unit
-        if top - m[i] > _RISE:
+        top = peak(row)
+        if in_log2(top - m[i], s) > _RISE:
             risen = True
         else:
             top = m[i]
         total = np.float32(0)
         for j in range(row.shape[0]):
-            p = exp2(number(row[j]) * unit - top)
+            p = exp2(in_log2(number(row[j]) - top, s))
             row[j] = stored(p, row[j])
             total += p
-        rescale[i] = exp2(m[i] - top)
+        rescale[i] = exp2(in_log2(m[i] - top, s))
         z[i] = z[i] * rescale[i] + total
         m[i] = top
         s[i, :start] = 0

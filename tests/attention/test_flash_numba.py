@@ -228,6 +228,23 @@ def test_gradients_in_16_bits_err_as_those_of_naive(module, blocks, size):
         assert (got - exact).abs().max() < 1.6 * (by_naive - exact).abs().max()
 
 
+def test_huge_scores_in_16_bits_stay_finite():
+    generator = torch.Generator().manual_seed(0)
+    q, k = (1e6 * torch.randn(1, 1, n, 8, generator=generator).bfloat16() for n in (40, 100))
+    got = flash_numba.attention(q, k, torch.ones(1, 1, 100, 8).bfloat16(), scale=1.0)
+    assert torch.equal(got, torch.ones_like(got))
+
+
+@pytest.mark.parametrize("module", [flash, flash_numba])
+def test_the_lowest_sink_and_a_tile_that_is_hidden_are_no_nan(module):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 8, 4, generator=generator) for _ in "qkv")
+    mask = (torch.arange(8) >= 4).expand(8, 8)
+    sinks = torch.full((2,), -3e38)
+    got = module.attention(q, k, v, mask=mask, sinks=sinks, block_q=8, block_k=1)
+    torch.testing.assert_close(got, naive.attention(q, k, v, mask=mask, sinks=sinks))
+
+
 def test_16_bits_with_options_take_the_compiled_sweep_too():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 33, 8, generator=generator).bfloat16() for _ in range(3))
