@@ -30,6 +30,7 @@ from mlsys.retrieval.exact_numba import NONE, estimate
 
 Array = np.ndarray
 
+CACHED = 1 << 22  # bytes of vectors that stay in a cache, so that lists may be gone through twice
 TOGETHER = 4  # queries that are compared with a vector at once: more do not fit into registers
 
 
@@ -49,7 +50,11 @@ class IVF(ivf.IVF):
         x, halves = lists.arrays["vectors"], lists.arrays["halves"]
         collector = Collector(len(queries), min(k, len(self)), _rank.slack(self.metric, queries, self._longest))
         allowed = NONE if mask is None else mask
-        _scan(queries, probes, lists.starts, lists.sizes, x, halves, allowed, *collector.state)
+        # The list nearest to each query first, so that few of the others' vectors are below its bar
+        rounds = (probes[:, :1], probes[:, 1:]) if x.nbytes <= CACHED else (probes,)
+        for some in rounds:
+            some = np.ascontiguousarray(some)
+            _scan(queries, some, lists.starts, lists.sizes, x, halves, allowed, *collector.state)
         overflown = collector.settle(self.metric, queries, x, self._ids, lists.rows, distances, ids, by_row=False)
         for q in overflown:
             one = slice(q, q + 1)
