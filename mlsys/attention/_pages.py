@@ -99,7 +99,7 @@ class Pool:
     """`blocks` blocks of `block` tokens each, and the sequences that share them.
 
     block:  `BLOCK`, 64, unless told otherwise. Small blocks waste less at the end of a sequence, half of one, and begin
-            more prefixes alike; large ones are read faster: on a CPU, by up to half between 16 and 64, little beyond.
+            more prefixes alike; large ones are read faster, of which `benchmarks/attention/paged.py` says how much.
     window: how many tokens before it a query sees beside itself, as `window=(left, 0)` of `attention`; blocks that no
     later query sees are given back. None: all.
 
