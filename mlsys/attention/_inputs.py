@@ -25,10 +25,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.ndim != 4:
             raise ValueError(f"{name} must have 4 dimensions (batch, heads, seq, head_dim), got shape {tuple(x.shape)}")
-        if x.dtype not in DTYPES:
-            raise TypeError(
-                f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}: convert it, e.g. {name}.float()"
-            )
+        check_dtype(name, x)
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise TypeError(
@@ -59,8 +56,21 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
         raise TypeError(
             f"causal must be True or False, got {type(causal).__name__}: a mask as a tensor is the argument mask"
         )
+    return check_scale(q, scale)
+
+
+def check_dtype(name: str, x: Tensor) -> None:
+    """Refuse numbers that attention is not computed in."""
+    if x.dtype not in DTYPES:
+        raise TypeError(
+            f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}: convert it, e.g. {name}.float()"
+        )
+
+
+def check_scale(q: Tensor, scale: float | None) -> float:
+    """By what the scores of q are multiplied: 1/√d unless given."""
     if scale is None:
-        return q.shape[3] ** -0.5
+        return q.shape[-1] ** -0.5
     if isinstance(scale, bool) or not isinstance(scale, Real):
         raise TypeError(f"scale must be a number or None (for 1/√head_dim), got {type(scale).__name__}")
     if not abs(scale) <= torch.finfo(wide(q)).max:
@@ -121,31 +131,43 @@ def check_rules(
     """The options beside causal and scale, after refusing what no formula could mean; q and k are checked before."""
     b, h, t, _ = q.shape
     s = k.shape[2]
+    sides = check_window(window)
+    if mask is not None:
+        mask = _check_mask(mask, (b, h, t, s), q.device)
+    softcap = check_softcap(q, softcap)
+    return Rules(band(t, s, causal, sides), mask, check_alibi(alibi, q), softcap, check_per_head("sinks", sinks, q))
+
+
+def check_window(window: tuple[int, int]) -> tuple[int, int]:
+    """How many keys are seen on either side, −1 for all."""
     sides = window if isinstance(window, tuple | list) else ()
     if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) for side in sides):
         raise TypeError(f"window must be two ints (left, right), −1 for no bound on that side, got {window!r}")
     if min(sides) < -1:
         raise ValueError(f"window must be numbers of keys (left, right), or −1 for no bound, got {window!r}")
-    if mask is not None:
-        mask = _check_mask(mask, (b, h, t, s), q.device)
-    if softcap is not None:
-        if isinstance(softcap, bool) or not isinstance(softcap, Real):
-            raise TypeError(f"softcap must be a number or None (for no cap), got {type(softcap).__name__}")
-        least = torch.finfo(wide(q)).tiny  # below, its reciprocal would be infinite
-        if not least <= softcap <= 1 / least:
-            raise ValueError(
-                f"softcap must be positive and finite, got {softcap}, and so must its reciprocal be in {wide(q)}: "
-                "leave it None for no cap"
-            )
-    if alibi is not None and isinstance(alibi, Tensor) and alibi.requires_grad:
+    return sides[0], sides[1]
+
+
+def check_softcap(q: Tensor, softcap: float | None) -> float | None:
+    """The cap of q's scores, whose reciprocal is a number as well."""
+    if softcap is None:
+        return None
+    if isinstance(softcap, bool) or not isinstance(softcap, Real):
+        raise TypeError(f"softcap must be a number or None (for no cap), got {type(softcap).__name__}")
+    least = torch.finfo(wide(q)).tiny  # below, its reciprocal would be infinite
+    if not least <= softcap <= 1 / least:
+        raise ValueError(
+            f"softcap must be positive and finite, got {softcap}, and so must its reciprocal be in {wide(q)}: "
+            "leave it None for no cap"
+        )
+    return float(softcap)
+
+
+def check_alibi(alibi: Tensor | None, q: Tensor) -> Tensor | None:
+    """The slopes, one a query head."""
+    if isinstance(alibi, Tensor) and alibi.requires_grad:
         raise ValueError("alibi must not require a gradient, for it gets none here: pass alibi.detach()")
-    return Rules(
-        band(t, s, causal, (sides[0], sides[1])),
-        mask,
-        _check_per_head("alibi", alibi, q),
-        None if softcap is None else float(softcap),
-        _check_per_head("sinks", sinks, q),
-    )
+    return check_per_head("alibi", alibi, q)
 
 
 def _check_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -167,8 +189,8 @@ def _check_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device) -> T
         ) from None
 
 
-def _check_per_head(name: str, x: Tensor | None, q: Tensor) -> Tensor | None:
-    """One number a query head, in float32 at least."""
+def check_per_head(name: str, x: Tensor | None, q: Tensor) -> Tensor | None:
+    """One number a query head of q (·, heads, …), in float32 at least."""
     if x is None:
         return None
     if not isinstance(x, Tensor):

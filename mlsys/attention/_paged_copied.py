@@ -26,7 +26,8 @@ SCRATCH, SCRATCH_ELSEWHERE = 2 << 20, 256 << 20
 
 def copied(queries: Queries, stored: Stored, items: Items) -> Parts:
     """Attention of each item's queries to its blocks, a group of items of about the same length at a time."""
-    q, position, slopes, softcap, need_lse = queries
+    q, scale, position, slopes, softcap, need_lse = queries
+    q = q * scale
     dtype = wide(q)
     out = q.new_zeros(*q.shape[:3], stored.values.shape[3], dtype=dtype)
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=dtype) if need_lse else out[..., 0]

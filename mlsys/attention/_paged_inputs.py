@@ -9,7 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlsys.attention._inputs import check_qkv, check_rules
+from mlsys.attention._inputs import (
+    check_alibi,
+    check_dtype,
+    check_per_head,
+    check_scale,
+    check_softcap,
+    check_window,
+)
 from mlsys.attention._kv_quant import FORMATS
 from mlsys.attention._paged_items import Items, Tables
 
@@ -86,7 +93,8 @@ class Stored(NamedTuple):
 class Queries(NamedTuple):
     """Queries of items, `rows` of each item and key/value head; in what follows, n is the tokens of an item."""
 
-    rows: Tensor  # (items, kv_heads, rows, d), scaled
+    rows: Tensor  # (items, kv_heads, rows, d)
+    scale: float  # by which their scores are multiplied
     position: np.ndarray  # (items, rows) or (items, 1): where they stand
     slopes: Tensor | None  # (kv_heads, rows) of ALiBi
     softcap: float | None
@@ -109,13 +117,15 @@ def check_how(
     """The options, after refusing what they could not mean for queries (·, h, d)."""
     if not isinstance(q, Tensor):
         raise TypeError(f"q must be a torch.Tensor, got {type(q).__name__}")
-    if q.ndim != 3:
-        raise ValueError(f"q must have 3 dimensions (sequences or rows, heads, head_dim), got shape {tuple(q.shape)}")
+    if q.ndim != 3 or 0 in q.shape[1:]:
+        raise ValueError(
+            "q must have 3 dimensions (sequences or rows, heads, head_dim), with heads and head_dim at least 1, "
+            f"got shape {tuple(q.shape)}"
+        )
     _refuse_gradients(q=q, sinks=sinks)
-    alone = q[:, :, None]  # what there is to check of q alone is checked by those who check q, k and v
-    scale = check_qkv(alone, alone, alone, True, scale)
-    rules = check_rules(alone, alone, True, window, None, alibi, softcap, sinks)
-    return How(scale, (window[0], window[1]), rules.softcap, rules.alibi, rules.sinks)
+    check_dtype("q", q)
+    slopes, sinks = check_alibi(alibi, q), check_per_head("sinks", sinks, q)
+    return How(check_scale(q, scale), check_window(window), check_softcap(q, softcap), slopes, sinks)
 
 
 def _refuse_gradients(**given: object) -> None:
@@ -194,8 +204,7 @@ def check_tables(tables: Tensor, lengths: Tensor, stored: Stored) -> Tables:
             f"tables must have a block of {stored.block} tokens for each token of the longest sequence, {longest}, "
             f"that is {-(-longest // stored.block)} columns, got {tables.shape[1]}: a block missing, or a length off?"
         )
-    table = tables.cpu().numpy().astype(np.int64)
-    return Tables(table, np.array(counts, np.int64), stored.block, stored.keys.shape[0])
+    return Tables(tables.long().cpu().numpy(), np.array(counts, np.int64), stored.block, stored.keys.shape[0])
 
 
 def check_packed(q: Tensor, cu_seqlens_q: Tensor, lengths: np.ndarray) -> np.ndarray:

@@ -99,17 +99,27 @@ class Tables:
         """`items`, for the same number of queries of each sequence."""
         found = self._made.get((queries, left))
         if found is None:
-            found = self._made[queries, left] = self.items(np.full_like(self.length, queries), left)
+            found = self._made[queries, left] = self.items(queries, left)
         return found
 
-    def items(self, queries: np.ndarray, left: int) -> Items:
+    def items(self, queries: np.ndarray | int, left: int) -> Items:
         """The blocks that the last `queries` tokens see, and `left` before each; ValueError if one does not exist."""
         block, length = self.block, self.length
-        start = np.maximum(0, length - queries - left) if left >= 0 else np.zeros_like(length)
-        first = start // block
-        items = Items(self.table, start, length, length - 1).part(first, -(-length // block) - first, block)
-        wrong = items.table.view(np.uint64) >= self.blocks  # a negative number is a large one
-        if wrong.any() and (wrong := wrong & (items.stop > items.start)[:, None]).any():
+        count = (length + (block - 1)) // block
+        longest = int(count.max(initial=0))
+        start = first = np.zeros_like(length)
+        if left < 0 and int(count.min(initial=longest)) == longest:  # the usual case, in few calls: a step is short
+            items = Items(self.table[:, :longest], start, length, length - 1)
+        else:
+            if left >= 0:
+                start = np.maximum(0, length - queries - left)
+                first = start // block
+            items = Items(self.table, start, length, length - 1).part(first, count - first, block)
+        entries = items.table.view(np.uint64)  # a negative number is a large one
+        if int(entries.max(initial=0)) < self.blocks:
+            return items
+        wrong = (entries >= self.blocks) & (items.stop > items.start)[:, None]
+        if wrong.any():
             row, column = (int(i) for i in np.argwhere(wrong)[0])
             entry, at = int(items.table[row, column]), int(first[row]) + column
             remedy = (

@@ -322,30 +322,28 @@ def _decode(
     items = held.last(1, how.left)
     merged = splits > 1 or share_prefixes
     need_lse = need_lse or merged or how.sinks is not None
-    rows = (q * how.scale).reshape(seqs, kv_heads, heads // kv_heads, d)
+    rows = q.reshape(seqs, kv_heads, heads // kv_heads, d)
     slopes = None if how.alibi is None else how.alibi.view(kv_heads, -1)
 
     parts = []
     if share_prefixes:
         shared = np.zeros_like(items.stop)
-        parts = [_prefixes(rows, stored, items, slopes, how.softcap, shared)]
+        parts = [_prefixes(rows, stored, items, slopes, how, shared)]
         items = items.part(shared, -(-items.stop // block) - shared, block)
     if splits > 1:
         items, rows = items.split(splits, block), rows.repeat(splits, 1, 1, 1)
-    out, lse = read(Queries(rows, items.position[:, None], slopes, how.softcap, need_lse), stored, items)
+    out, lse = read(Queries(rows, how.scale, items.position[:, None], slopes, how.softcap, need_lse), stored, items)
     if merged and seqs:
         parts += zip(out.chunk(splits), lse.chunk(splits), strict=True)
         out, lse = reduce(lambda a, b: merge(*a, *b), parts)
-    out, lse = out.flatten(1, 2), lse.flatten(1, 2)
+    out, lse = out.reshape(seqs, heads, out.shape[3]), lse.reshape(seqs, heads)
     if how.sinks is not None:  # one more part, of the value 0
         with_sink = torch.logaddexp(lse, how.sinks)
         out, lse = out * torch.exp(lse - with_sink)[..., None], with_sink
     return out.to(q.dtype), lse
 
 
-def _prefixes(
-    rows: Tensor, stored: Stored, items: Items, slopes: Tensor | None, softcap: float | None, shared: np.ndarray
-) -> Parts:
+def _prefixes(rows: Tensor, stored: Stored, items: Items, slopes: Tensor | None, how: How, shared: np.ndarray) -> Parts:
     """Attention to the blocks with which several items begin; how many those are of each is written into `shared`.
 
     They are always copied: for so many rows, a matrix product is worth it.
@@ -360,7 +358,7 @@ def _prefixes(
         stacked = rows[ids].transpose(0, 1).flatten(1, 2)[None]  # (1, kv_heads, members · group, d)
         position = items.position[members].repeat(rows.shape[2])[None]
         many = None if slopes is None else slopes.repeat(1, members.size)
-        found = copied(Queries(stacked, position, many, softcap, need_lse=True), stored, one)
+        found = copied(Queries(stacked, how.scale, position, many, how.softcap, need_lse=True), stored, one)
         out[ids], lse[ids] = (x[0].unflatten(1, (members.size, -1)).transpose(0, 1) for x in found)
     return out, lse
 

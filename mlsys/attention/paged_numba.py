@@ -141,7 +141,7 @@ def compiled(queries: Queries, stored: Stored, items: Items) -> Parts:
     key_scales, value_scales = (None, None) if stored.scales is None else (x.numpy() for x in stored.scales)
     _attend(
         q, _array(stored.keys), _array(stored.values), key_scales, value_scales, _layers(stored.keys),
-        items.table, items.start, items.stop, queries.position, slopes, queries.softcap or 0.0, out, lse,
+        items.table, items.start, items.stop, queries.position, queries.scale, slopes, queries.softcap or 0.0, out, lse,
     )  # fmt: skip
     return torch.from_numpy(out), torch.from_numpy(lse)
 
@@ -233,15 +233,18 @@ def _attend(
     start: Array,
     stop: Array,
     position: Array,
+    scale: float,
     slopes: Array,
     softcap: float,
     out: Array,
     lse: Array,
 ) -> None:
     """Queries (items, kv_heads, rows, d) with the table's blocks: out (items, kv_heads, rows, dv) and its lse."""
-    items, heads, rows, _ = q.shape
+    items, heads, rows, d = q.shape
     block = keys.shape[2]
     scores = np.empty((heads, rows, table.shape[1] * block), q.dtype)
+    scaled = np.empty(q.shape[1:], q.dtype)
+    unit = q.dtype.type(scale)
     read = 0
     for i in range(items):
         read += max(0, stop[i] - start[i]) * heads * (keys.shape[3] + values.shape[3]) * keys.itemsize
@@ -250,13 +253,17 @@ def _attend(
     fetch_values = far and block * values.shape[3] * values.itemsize <= FETCHED
     for i in range(items):
         first, columns = start[i] // block, (stop[i] + block - 1) // block
+        for h in range(heads):
+            for r in range(rows):
+                for j in range(d):
+                    scaled[h, r, j] = q[i, h, r, j] * unit
         for column in range(first, columns):
             b, following, base = table[i, column], table[i, min(column + 1, columns - 1)], column * block
             places = max(start[i] - base, 0), min(stop[i] - base, block)
             for h in range(heads):
                 if fetch_keys:
                     _fetch_head(keys, following, h)
-                _scores(q[i, h], keys, key_scales, b, h, places, scores[h], base)
+                _scores(scaled[h], keys, key_scales, b, h, places, scores[h], base)
         for h in range(heads):
             for r in range(rows):
                 seen = scores[h, r, start[i] : stop[i]]

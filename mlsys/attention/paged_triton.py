@@ -58,8 +58,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mlsys.attention import kv_cache, paged
-from mlsys.attention._inputs import check_qkv, check_rules
-from mlsys.attention._paged_inputs import Parts, Queries, Stored, check_stored
+from mlsys.attention._paged_inputs import Parts, Queries, Stored, check_how, check_stored
 from mlsys.attention._paged_items import Items
 from mlsys.attention._paged_triton_kernels import MERGE, attend, configs, merge, sizes, specimens
 from mlsys.attention._pages import whole
@@ -137,9 +136,7 @@ def step(
     _check(q)
     whole("splits", 1 if splits is None else splits)
     stored = Stored(keys, values, scales)
-    alone = q[:, :, None]
-    scale = check_qkv(alone, alone, alone, True, scale)
-    rules = check_rules(alone, alone, True, window, None, alibi, softcap, None)
+    how = check_how(q, window, alibi, softcap, None, scale)
     check_stored(q, stored)
     for name, x, shape in (("tables", tables, (q.shape[0], -1)), ("lengths", lengths, (q.shape[0],))):
         if x.dtype not in (torch.int32, torch.int64) or x.ndim != len(shape) or x.shape[0] != shape[0]:
@@ -149,9 +146,9 @@ def step(
             )
     on_device("mlsys.attention.paged", q=q, keys=keys, values=values, tables=tables, lengths=lengths)
     kv_heads = keys.shape[1]
-    slopes = None if rules.alibi is None else rules.alibi.float()
+    slopes = None if how.alibi is None else how.alibi.float()
     out, lse = _attend(
-        q.unflatten(1, (kv_heads, -1)), stored, tables, None, lengths, None, slopes, window[0], scale, softcap,
+        q.unflatten(1, (kv_heads, -1)), stored, tables, None, lengths, None, slopes, how.left, how.scale, how.softcap,
         splits, config,
     )  # fmt: skip
     out = out.flatten(1, 2).to(q.dtype)
@@ -174,7 +171,7 @@ def compiled(
         slopes = queries.slopes.float().contiguous()
         positions = there(np.broadcast_to(queries.position, q.shape[:1] + q.shape[2:3]))
     return _attend(
-        q, stored, there(items.table), there(items.start), there(items.stop), positions, slopes, -1, 1.0,
+        q, stored, there(items.table), there(items.start), there(items.stop), positions, slopes, -1, queries.scale,
         queries.softcap, splits, config,
     )  # fmt: skip
 
