@@ -20,14 +20,15 @@ from mlsys.loading import import_file
 SECTIONS = (("Cost",), ("Memory", "Communication"), ("Papers",), ("See also",))  # one of each
 
 # What each package may import of `mlsys` beside itself. The technique packages: those below them, and
-# `files`. Those of the last row are peers and do not import each other.
+# `files` and `compiled`. Those of the last row are peers and do not import each other.
 ROWS = (("perf",), ("kernels",), ("attention",), ("models",), catalog.PACKAGES[4:])
 MAY_IMPORT = {
-    package: {below for lower in ROWS[:row] for below in lower} | {"files"}
+    package: {below for lower in ROWS[:row] for below in lower} | {"files", "compiled"}
     for row, packages in enumerate(ROWS)
     for package in packages
 } | {
     "files": set(),
+    "compiled": set(),
     "catalog": set(),
     "loading": {"catalog"},
     "data": {"files", "perf", "attention", "models", "retrieval"},

@@ -40,7 +40,7 @@ from typing import Any, Literal, Unpack, overload
 import numpy as np
 import torch
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.extending import overload as compiled_by_type
@@ -53,6 +53,7 @@ from mlsys.attention._paged_items import Items
 from mlsys.attention._vector_numba import REORDERED, exp2, largest
 from mlsys.attention.kv_cache import PagedKVCache, Sequence
 from mlsys.attention.paged import prefill, tokens_read
+from mlsys.compiled import uncounted
 
 __all__ = ["attention", "decode", "prefill", "tokens_read"]
 
@@ -138,10 +139,12 @@ def compiled(queries: Queries, stored: Stored, items: Items) -> Parts:
     q = queries.rows.to(wide(queries.rows)).contiguous().numpy()
     slopes = np.zeros(q.shape[1:3], q.dtype) if queries.slopes is None else queries.slopes.contiguous().numpy()
     out, lse = np.empty((*q.shape[:3], stored.values.shape[3]), q.dtype), np.empty(q.shape[:3], q.dtype)
+    room = np.empty(q.shape[1:], q.dtype), np.empty((*q.shape[1:3], items.table.shape[1] * stored.block), q.dtype)
     key_scales, value_scales = (None, None) if stored.scales is None else (x.numpy() for x in stored.scales)
     _attend(
         q, _array(stored.keys), _array(stored.values), key_scales, value_scales, _layers(stored.keys),
-        items.table, items.start, items.stop, queries.position, queries.scale, slopes, queries.softcap or 0.0, out, lse,
+        items.table, items.start, items.stop, queries.position, queries.scale, slopes, queries.softcap or 0.0,
+        *room, out, lse,
     )  # fmt: skip
     return torch.from_numpy(out), torch.from_numpy(lse)
 
@@ -212,7 +215,7 @@ def _prefetched(typing_context: Any, array: Any, index: Any) -> Any:
 _fetch: Any = intrinsic(_prefetched)
 
 
-@njit(cache=True, nogil=True)
+@uncounted()
 def _fetch_head(blocks: Array, b: int, h: int) -> None:
     """What one head has in block b."""
     line = 64 // blocks.itemsize
@@ -221,7 +224,7 @@ def _fetch_head(blocks: Array, b: int, h: int) -> None:
             _fetch(blocks, (b, h, t, j))
 
 
-@njit(cache=True, nogil=True, fastmath=REORDERED)
+@uncounted(fastmath=REORDERED)
 def _attend(
     q: Array,
     keys: Array,
@@ -236,14 +239,17 @@ def _attend(
     scale: float,
     slopes: Array,
     softcap: float,
+    scaled: Array,
+    scores: Array,
     out: Array,
     lse: Array,
 ) -> None:
-    """Queries (items, kv_heads, rows, d) with the table's blocks: out (items, kv_heads, rows, dv) and its lse."""
+    """Queries (items, kv_heads, rows, d) with the table's blocks: out (items, kv_heads, rows, dv) and its lse.
+
+    scaled, scores: room for the queries and the scores of one item.
+    """
     items, heads, rows, d = q.shape
     block = keys.shape[2]
-    scores = np.empty((heads, rows, table.shape[1] * block), q.dtype)
-    scaled = np.empty(q.shape[1:], q.dtype)
     unit = q.dtype.type(scale)
     read = 0
     for i in range(items):
@@ -280,7 +286,7 @@ def _attend(
                 _average(scores[h], base, values, value_scales, b, h, places, out[i, h])
 
 
-@njit(cache=True, nogil=True, fastmath=REORDERED, inline="always")
+@uncounted(fastmath=REORDERED, inline="always")
 def _scores(
     q: Array, keys: Array, scales: Array | None, b: int, h: int, places: tuple[int, int], out: Array, base: int
 ) -> None:
@@ -320,7 +326,7 @@ def _scores(
                 out[r, base + t] *= scales[b, h, t]
 
 
-@njit(cache=True, nogil=True, fastmath=REORDERED, inline="always")
+@uncounted(fastmath=REORDERED, inline="always")
 def _average(
     weights: Array, base: int, values: Array, scales: Array | None, b: int, h: int, places: tuple[int, int], out: Array
 ) -> None:
@@ -360,7 +366,7 @@ def _average(
                 out[r, j] += u0 * _number(values[b, h, t, j])
 
 
-@njit(cache=True, nogil=True, fastmath=REORDERED)
+@uncounted(fastmath=REORDERED)
 def _change(row: Array, softcap: float, slope: float, position: int) -> None:
     """Soft-cap and ALiBi of scores, whose first is that of key 0."""
     if softcap:
@@ -372,7 +378,7 @@ def _change(row: Array, softcap: float, slope: float, position: int) -> None:
             row[j] -= slope * abs(position - j)
 
 
-@njit(cache=True, nogil=True, fastmath=REORDERED)
+@uncounted(fastmath=REORDERED)
 def _softmax(row: Array) -> float:
     """Weights in place of scores; returns the log-sum-exp of these, −∞ if there are none."""
     top, unit = _peak(row), row.dtype.type(LOG2E)

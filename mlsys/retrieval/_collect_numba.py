@@ -1,11 +1,11 @@
 """Compiled selection: which estimates are near enough to be looked at again, and the best k with distances and ids.
 
-`collect` keeps for each query the k smallest estimates it has seen (a heap, worst
-on top) and a list of candidates: all that were within the slack of the k-th
-smallest when they came. The bar falls as more comes by, so the list is thinned
-out when it is full; a query whose list is full of candidates all the same
-(thousands of equal vectors, data far from the origin) is marked as overflown, and
-left to the readable version.
+`collect` keeps for each query a bar and a list of candidates: all estimates that were not above
+the bar when they came. When the list has grown by so many, it is thinned out: its k-th smallest
+estimate and the slack make a new bar, and what is above goes. (A heap of the k smallest would
+lower the bar with each of them, and cost a walk from its top each time; here most cost a store.)
+A query whose list is full of candidates all the same (thousands of equal vectors, data far from
+the origin) is marked as overflown, and left to the readable version.
 
 See also:
     `_rank` (what an estimate is, and the slack), `_heap_numba` (the best k with ids), `exact_numba`, `ivf_numba`.
@@ -16,31 +16,36 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+from numba.extending import intrinsic
 
+from mlsys.compiled import uncounted
 from mlsys.retrieval._heap_numba import NO_ID, sink, sort, worse
 
 Array = np.ndarray
 BLOCK = 16  # estimates compared at once
+MORE = 32  # a list is thinned out when it has grown by k and so many
 METRICS = ("l2", "ip", "cosine")  # by the number that the compiled code gets
 EVERY = np.empty(0, np.int32)
 
 
 class Collector:
-    """The heaps and the candidate lists of a few queries."""
+    """The bars and the candidate lists of a few queries."""
 
     def __init__(self, n_queries: int, k: int, slack: Array) -> None:
-        self.heaps = np.full((n_queries, k), np.inf, np.float32)
+        self.bars = np.full(n_queries, np.inf, np.float32)  # −∞: overflown
         self.slack = np.nextafter(slack.astype(np.float32), np.float32(np.inf))
         room = 4 * k + 64
         self.estimates = np.empty((n_queries, room), np.float32)
         self.slots = np.empty((n_queries, room), np.int64)
-        self.counts = np.zeros(n_queries, np.int64)  # −1: overflown
+        self.counts = np.zeros((n_queries, 3), np.int64)  # of candidates, at which they are thinned out, and k
+        self.counts[:, 1:] = min(room, 2 * k + MORE), k
 
     @property
     def state(self) -> tuple[Array, Array, Array, Array, Array]:
         """What the compiled functions take."""
-        return self.heaps, self.slack, self.estimates, self.slots, self.counts
+        return self.bars, self.slack, self.estimates, self.slots, self.counts
 
     def settle(
         self,
@@ -62,11 +67,11 @@ class Collector:
         found[:] = NO_ID
         _settle(METRICS.index(metric), queries, vectors, ids, rows, by_row, *self.state, distances, found)
         found[found == NO_ID] = -1
-        return np.flatnonzero(self.counts < 0)
+        return np.flatnonzero(self.bars == -np.inf)
 
 
 # The order in which a float64 sum is taken differs from NumPy's: rounded to float32, one distance in 10⁸ or so differs.
-@njit(cache=True, nogil=True, fastmath={"nnan", "nsz", "reassoc", "contract"})
+@uncounted(fastmath={"nnan", "nsz", "reassoc", "contract"})
 def _settle(
     metric: int,
     queries: Array,
@@ -74,7 +79,7 @@ def _settle(
     ids: Array,
     rows: Array,
     by_row: bool,
-    heaps: Array,
+    bars: Array,
     slack: Array,
     estimates: Array,
     slots: Array,
@@ -84,10 +89,11 @@ def _settle(
 ) -> None:
     d = queries.shape[1]
     for q in range(len(queries)):
-        if counts[q] < 0:
+        if bars[q] == -np.inf:
             continue
         query = queries[q]
-        for c in range(_thin(heaps[q], slack[q], estimates[q], slots[q], counts[q])):
+        _thin(q, 100, bars, slack, estimates, slots, counts)
+        for c in range(counts[q, 0]):
             slot = slots[q, c]
             row = rows[slot] if len(rows) else slot
             vector = vectors[row if by_row else slot]
@@ -106,14 +112,14 @@ def _settle(
         sort(distances[q], found[q])
 
 
-@njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})
+@uncounted(fastmath={"nnan", "nsz"})
 def collect(
     products: Array,
     halves: Array,
     first: int,
     which: Array,
     allowed: Array,
-    heaps: Array,
+    bars: Array,
     slack: Array,
     estimates: Array,
     slots: Array,
@@ -127,74 +133,111 @@ def collect(
     filtered = len(allowed) > 0
     for r in range(len(which)):
         q = which[r]
-        if counts[q] < 0:
-            continue
-        row = products[r]
-        bar = heaps[q, 0] + slack[q]
+        bar = bars[q]
         for start in range(0, n, BLOCK):
-            end = min(start + BLOCK, n)
-            lowest = np.float32(np.inf)
-            if end == start + BLOCK:
-                for i in range(start, start + BLOCK):  # becomes one or two vector instructions
-                    lowest = min(lowest, row[i] + halves[i])
+            if start + BLOCK <= n:
+                hits = _below(products, r, halves, start, bar)
             else:
-                for i in range(start, end):
-                    lowest = min(lowest, row[i] + halves[i])
-            if lowest > bar:
-                continue
-            for i in range(start, end):
-                estimate = row[i] + halves[i]
+                hits = np.uint64(0)
+                for i in range(start, n):
+                    hits |= np.uint64(products[r, i] + halves[i] <= bar) << np.uint64(i - start)
+            while hits:
+                i = start + lowest_bit(hits)
+                hits &= hits - np.uint64(1)
+                estimate = products[r, i] + halves[i]  # the bar may be lower by now
                 if estimate <= bar and (not filtered or allowed[i]):
-                    bar = note(q, estimate, first + i, heaps, slack, estimates, slots, counts)
-                    if counts[q] < 0:
-                        break
-            if counts[q] < 0:
-                break
+                    bar = note(q, estimate, first + i, bars, slack, estimates, slots, counts)
 
 
-@njit(cache=True, nogil=True, inline="always")
+def _below_typed(typing_context: Any, products: Any, r: Any, halves: Any, start: Any, bar: Any) -> tuple[Any, Any]:
+    """Which of products[r, i] + halves[i] are not above the bar, as bits, of BLOCK numbers from i = start on.
+
+    Both are float32, and the numbers of a row lie side by side.
+    """
+    vector, bits, i32, i64 = ir.VectorType(ir.FloatType(), BLOCK), ir.IntType(BLOCK), ir.IntType(32), ir.IntType(64)
+
+    def generate(context: Any, build: Any, signature: Any, args: Any) -> Any:
+        r, at = (context.cast(build, args[i], signature.args[i], types.int64) for i in (1, 3))
+        table, added = (context.make_array(signature.args[i])(context, build, args[i]) for i in (0, 2))
+        stride = build.udiv(build.extract_value(table.strides, 0), i64(4))
+        some = []
+        for data, place in ((table.data, build.add(build.mul(r, stride), at)), (added.data, at)):
+            some.append(build.load(build.bitcast(build.gep(data, [place]), vector.as_pointer()), align=4))
+        undefined = ir.Constant(vector, ir.Undefined)
+        limit = build.insert_element(undefined, args[4], i32(0))
+        limit = build.shuffle_vector(limit, undefined, ir.Constant(ir.VectorType(i32, BLOCK), [0] * BLOCK))
+        near = build.fcmp_ordered("<=", build.fadd(*some), limit)
+        return build.zext(build.bitcast(near, bits), i64)
+
+    return types.uint64(products, r, halves, start, types.float32), generate
+
+
+_below: Any = intrinsic(_below_typed)
+
+
+def _lowest_bit_typed(typing_context: Any, bits: Any) -> tuple[Any, Any]:
+    """The number of the lowest bit that is set, of at least one."""
+
+    def generate(context: Any, build: Any, signature: Any, args: Any) -> Any:
+        return build.cttz(args[0], ir.IntType(1)(1))
+
+    return types.int64(types.uint64), generate
+
+
+lowest_bit: Any = intrinsic(_lowest_bit_typed)
+
+
+@uncounted(inline="always")
 def note(
-    q: int, estimate: float, slot: int, heaps: Array, slack: Array, estimates: Array, slots: Array, counts: Array
+    q: int, estimate: float, slot: int, bars: Array, slack: Array, estimates: Array, slots: Array, counts: Array
 ) -> float:
-    """Put an estimate that is not above the bar into the list of query q; its bar then, −∞ if it has overflown."""
-    heap, kept = heaps[q], estimates[q]
-    if counts[q] == len(kept):
-        counts[q] = _thin(heap, slack[q], kept, slots[q], len(kept))
-        if counts[q] > len(kept) - len(kept) // 8:
-            counts[q] = -1
-            return np.float32(-np.inf)  # type: ignore[return-value]  # compiled, a float like any other
-    kept[counts[q]] = estimate
-    slots[q, counts[q]] = slot
-    counts[q] += 1
-    if estimate < heap[0]:
-        _replace_top(heap, estimate)
-    return heap[0] + slack[q]
+    """Put an estimate that is not above the bar into the list of query q; its bar then, −∞ if it has overflown.
+
+    No view of an array is made here, nor elsewhere for each vector: numba counts the references to what it views, and
+    an atomic addition costs more than a store.
+    """
+    count = counts[q, 0]
+    estimates[q, count], slots[q, count] = estimate, slot
+    counts[q, 0] = count + 1
+    if count + 1 == counts[q, 1]:
+        _thin(q, 10, bars, slack, estimates, slots, counts)
+        if counts[q, 0] > estimates.shape[1] - estimates.shape[1] // 8:
+            bars[q] = -np.inf
+    return bars[q]
 
 
-@njit(cache=True, nogil=True)
-def _thin(heap: Array, slack: float, kept: Array, where: Array, count: int) -> int:
-    """Drop the candidates above the bar; how many are left."""
-    bar = heap[0] + np.float32(slack)
+@uncounted()
+def _thin(q: int, steps: int, bars: Array, slack: Array, estimates: Array, slots: Array, counts: Array) -> None:
+    """Lower the bar of query q to what its candidates allow, and drop those above."""
+    count, k = counts[q, 0], counts[q, 2]
+    if count >= k:
+        bars[q] = min(bars[q], _kth(estimates, q, count, k, steps) + slack[q])
+    bar = bars[q]
     left = 0
     for i in range(count):
-        if kept[i] <= bar:
-            kept[left], where[left] = kept[i], where[i]
+        if estimates[q, i] <= bar:
+            estimates[q, left], slots[q, left] = estimates[q, i], slots[q, i]
             left += 1
-    return left
+    counts[q, 0], counts[q, 1] = left, min(estimates.shape[1], left + k + MORE)
 
 
-@njit(cache=True, nogil=True)
-def _replace_top(heap: Array, value: float) -> None:
-    """Put a value in place of the largest, and let it sink below children that are larger."""
-    at = 0
-    while True:
-        child = 2 * at + 1
-        if child >= len(heap):
+@uncounted(fastmath={"nnan", "nsz"})
+def _kth(values: Array, q: int, n: int, k: int, steps: int) -> float:
+    """The k-th smallest of n values in row q, or after `steps` a little more: halve the interval in which it lies."""
+    low = high = values[q, 0]
+    for i in range(n):
+        low, high = min(low, values[q, i]), max(high, values[q, i])
+    for _ in range(steps):
+        middle = low + (high - low) / np.float32(2)
+        if not low < middle < high:
             break
-        if child + 1 < len(heap) and heap[child + 1] > heap[child]:
-            child += 1
-        if heap[child] <= value:
-            break
-        heap[at] = heap[child]
-        at = child
-    heap[at] = value
+        below = 0
+        for i in range(n):
+            below += values[q, i] <= middle
+        if below < k:
+            low = middle
+        else:
+            high = middle
+            if below == k:
+                break
+    return high

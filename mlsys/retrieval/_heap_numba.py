@@ -11,19 +11,20 @@ See also:
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from mlsys.compiled import uncounted
 
 Array = np.ndarray
 NO_ID = np.int64(2**63 - 1)  # of an empty place: behind every hit at the same distance
 
 
-@njit(cache=True, nogil=True)
+@uncounted()
 def worse(distance: float, id_: int, other: float, other_id: int) -> bool:
     """Whether the first hit ranks behind the other."""
     return distance > other or (distance == other and id_ > other_id)
 
 
-@njit(cache=True, nogil=True)
+@uncounted()
 def push(distances: Array, ids: Array, size: int, distance: float, id_: int) -> int:
     """Add a hit to the heap of the first `size`; if that is all, in place of the top. How many it holds then."""
     if size == len(ids):
@@ -40,7 +41,7 @@ def push(distances: Array, ids: Array, size: int, distance: float, id_: int) -> 
     return size + 1
 
 
-@njit(cache=True, nogil=True)
+@uncounted()
 def sink(distances: Array, ids: Array, size: int, distance: float, id_: int) -> None:
     """Put a hit in place of the top of the first `size`, and let it sink below children that are worse."""
     at = 0
@@ -57,7 +58,7 @@ def sink(distances: Array, ids: Array, size: int, distance: float, id_: int) -> 
     distances[at], ids[at] = distance, id_
 
 
-@njit(cache=True, nogil=True)
+@uncounted()
 def sort(distances: Array, ids: Array) -> None:
     """Turn the heap into a list, nearest first: take the worst off the top, and put it where the heap ended."""
     for end in range(len(ids) - 1, 0, -1):

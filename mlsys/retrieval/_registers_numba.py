@@ -28,11 +28,12 @@ from typing import Any
 
 import numpy as np
 from llvmlite import binding, ir  # type: ignore[import-untyped]
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from mlsys.retrieval._collect_numba import note
+from mlsys.compiled import uncounted
+from mlsys.retrieval._collect_numba import lowest_bit, note
 
 Array = np.ndarray
 
@@ -50,61 +51,75 @@ def panels(queries: Array) -> Array:
     return np.ascontiguousarray(padded.reshape(-1, COLUMNS, d).transpose(0, 2, 1))
 
 
-@njit(cache=True, nogil=True)
-def compare(
+def compare(panels: Array, x: Array, halves: Array, first: int, *state: Array) -> None:
+    """`collect` of all vectors x (n, d), which are in slots first … first + n, for all queries of the panels."""
+    rest = len(x) - len(x) % ROWS
+    last, last_halves = np.zeros((ROWS, x.shape[1]), np.float32), np.zeros(ROWS, np.float32)  # the last few, filled up
+    last[: len(x) - rest], last_halves[: len(x) - rest] = x[rest:], halves[rest:]
+    room = np.empty(COLUMNS, np.float32), np.empty((ROWS, COLUMNS), np.float32), np.empty(ROWS, np.uint64)
+    _compare(panels, x, halves, last, last_halves, first, *room, *state)
+
+
+@uncounted()
+def _compare(
     panels: Array,
     x: Array,
     halves: Array,
+    last: Array,
+    last_halves: Array,
     first: int,
-    heaps: Array,
+    bars: Array,
+    tile: Array,
+    below: Array,
+    limits: Array,
     slack: Array,
     estimates: Array,
     slots: Array,
     counts: Array,
 ) -> None:
-    """`collect` of all vectors x (n, d), which are in slots first … first + n, for all queries of the panels."""
+    """last, last_halves: those after the last whole tile. bars, tile, below: room for those of a panel."""
     n, d = x.shape
     rest = n - n % ROWS
-    last, last_halves = np.zeros((ROWS, d), np.float32), np.zeros(ROWS, np.float32)  # the last few, filled up
-    last[: n - rest], last_halves[: n - rest] = x[rest:], halves[rest:]
-    bars, tile = np.empty(COLUMNS, np.float32), np.empty((ROWS, COLUMNS), np.float32)
     step = max(1, NEAR // (4 * d * ROWS)) * ROWS
     for begin in range(0, n, step):
         end = min(begin + step, n)
         for p in range(len(panels)):
             for c in range(COLUMNS):
                 q = p * COLUMNS + c
-                bars[c] = heaps[q, 0] + slack[q] if q < len(counts) and counts[q] >= 0 else -np.inf
+                bars[c] = limits[q] if q < len(limits) else -np.inf
             for at in range(begin, end, ROWS):
                 if at < rest:
-                    below = _tile(panels, p, x, at, halves, bars, tile)
+                    near = _tile(panels, p, x, at, halves, bars, tile, below)
                 else:
-                    below = _tile(panels, p, last, 0, last_halves, bars, tile)
-                c = 0
-                while below:
-                    if below & 1:
-                        q = p * COLUMNS + c
-                        for r in range(min(ROWS, end - at)):
-                            if tile[r, c] <= bars[c]:
-                                bars[c] = note(q, tile[r, c], first + at + r, heaps, slack, estimates, slots, counts)
-                    below >>= 1
-                    c += 1
+                    near = _tile(panels, p, last, 0, last_halves, bars, tile, below)
+                if not near:
+                    continue
+                for r in range(min(ROWS, end - at)):
+                    hits = below[r]
+                    while hits:
+                        c = lowest_bit(hits)
+                        hits &= hits - np.uint64(1)
+                        if tile[r, c] <= bars[c]:  # which may be lower by now
+                            q = p * COLUMNS + c
+                            bars[c] = note(q, tile[r, c], first + at + r, limits, slack, estimates, slots, counts)
 
 
 def _tile_typed(
-    typing_context: Any, panels: Any, p: Any, x: Any, at: Any, halves: Any, bars: Any, tile: Any
+    typing_context: Any, panels: Any, p: Any, x: Any, at: Any, halves: Any, bars: Any, tile: Any, below: Any
 ) -> tuple[Any, Any]:
-    """Of which queries of panel p some estimate is not above the bar, as bits; if any, all estimates are in `tile`.
+    """Whether some estimate of the queries of panel p and the vectors x[at] … x[at + ROWS − 1] is not above its bar.
 
-    Those are of the vectors x[at] … x[at + ROWS − 1]. All arrays are float32 and contiguous.
+    If so, all estimates are in `tile`, and in below[r] those of vector r that are not above, as bits.
+    All arrays are contiguous, below uint64 and the others float32.
     """
     i32, i64, f32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
     vector, bits = ir.VectorType(f32, LANES), ir.IntType(LANES)
 
     def generate(context: Any, build: Any, signature: Any, args: Any) -> Any:
+        names = ("panels", "p", "x", "at", "halves", "bars", "tile", "below")
         arrays = {
             name: context.make_array(kind)(context, build, value)
-            for name, kind, value in zip(("panels", "p", "x", "at", "halves", "bars", "tile"), signature.args, args)
+            for name, kind, value in zip(names, signature.args, args, strict=True)
             if name not in ("p", "at")
         }
         d = build.extract_value(arrays["x"].shape, 1)
@@ -136,21 +151,26 @@ def _tile_typed(
                 for h in (0, 1):
                     product = build.fmul(number, queries[h], flags=("contract",))
                     build.store(build.fadd(build.load(sums[r][h]), product, flags=("contract",)), sums[r][h])
-        found = i64(0)
-        for h, bar in enumerate(pair("bars", i64(0))):
+        limits, found = [build.load(bar, align=4) for bar in pair("bars", i64(0))], ir.IntType(1)(0)
+        for h in (0, 1):
             lowest = build.load(sums[0][h])
             for r in range(1, ROWS):
                 other = build.load(sums[r][h])
                 lowest = build.select(build.fcmp_ordered("<", other, lowest), other, lowest)
-            near = build.bitcast(build.fcmp_ordered("<=", lowest, build.load(bar, align=4)), bits)
-            found = build.or_(found, build.shl(build.zext(near, i64), i64(h * LANES)))
-        with build.if_then(build.icmp_unsigned("!=", found, i64(0)), likely=False):
+            near = build.bitcast(build.fcmp_ordered("<=", lowest, limits[h]), bits)
+            found = build.or_(found, build.icmp_unsigned("!=", near, bits(0)))
+        with build.if_then(found, likely=False):
             for r in range(ROWS):
+                hits = i64(0)
                 for h, there in enumerate(pair("tile", i64(r * COLUMNS))):
-                    build.store(build.load(sums[r][h]), there, align=4)
+                    estimates = build.load(sums[r][h])
+                    build.store(estimates, there, align=4)
+                    near = build.bitcast(build.fcmp_ordered("<=", estimates, limits[h]), bits)
+                    hits = build.or_(hits, build.shl(build.zext(near, i64), i64(h * LANES)))
+                build.store(hits, build.gep(arrays["below"].data, [i64(r)]))
         return found
 
-    return types.uint64(panels, p, x, at, halves, bars, tile), generate
+    return types.boolean(panels, p, x, at, halves, bars, tile, below), generate
 
 
 _tile: Any = intrinsic(_tile_typed)

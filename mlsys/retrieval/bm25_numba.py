@@ -41,6 +41,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from mlsys.compiled import uncounted
 from mlsys.retrieval import _bm25_columns, bm25
 from mlsys.retrieval._bm25_columns import Counts, weigh
 from mlsys.retrieval._heap_numba import push, sort
@@ -77,9 +78,11 @@ class BM25(bm25.BM25):
         ids = np.full((len(starts) - 1, k), -1, np.int64)
         postings = counts.indptr, counts.indices, columns.impacts
         if columns.positive:
-            _search(terms, starts, *postings, columns.row_of, columns.rows, distances, ids)
+            room = np.empty(columns.rows.shape[1], np.float32)
+            _search(terms, starts, *postings, columns.row_of, columns.rows, room, distances, ids)
         else:
-            _search_any_sign(terms, starts, *postings, len(counts.lengths), distances, ids)
+            n = len(counts.lengths)
+            _search_any_sign(terms, starts, *postings, np.empty(n, np.float32), np.full(n, -1), distances, ids)
         return 0 - distances, ids
 
     def _weighed(self, counts: Counts, parameters: Mapping[str, Any]) -> Columns:
@@ -129,7 +132,7 @@ def _count_postings(terms: Array, lengths: Array, n_terms: int) -> tuple[Array, 
 
 
 # The two flags say that no score is NaN, so that a maximum may be taken many at a time. Sums keep their order.
-@njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})
+@uncounted(fastmath={"nnan", "nsz"})
 def _search(
     terms: Array,
     starts: Array,
@@ -138,13 +141,13 @@ def _search(
     impacts: Array,
     row_of: Array,
     rows: Array,
+    scores: Array,
     distances: Array,
     ids: Array,
 ) -> None:
-    """Fill distances and ids (n_queries, k). For positive impacts: a score of 0 is no hit."""
+    """Fill distances and ids (n_queries, k). For positive impacts: a score of 0 is no hit. scores: of one query."""
     n_padded = rows.shape[1]
     k = distances.shape[1]
-    scores = np.empty(n_padded, np.float32)
     for query in range(len(starts) - 1):
         scores[:] = 0
         for term in terms[starts[query] : starts[query + 1]]:
@@ -173,21 +176,20 @@ def _search(
         sort(nearest[:size], found[:size])
 
 
-@njit(cache=True, nogil=True)
+@uncounted()
 def _search_any_sign(
     terms: Array,
     starts: Array,
     indptr: Array,
     indices: Array,
     impacts: Array,
-    n_documents: int,
+    scores: Array,
+    matched_by: Array,
     distances: Array,
     ids: Array,
 ) -> None:
-    """As `_search`, for impacts that may be 0 or negative: which documents matched is noted beside the scores."""
+    """As `_search`, for impacts that may be 0 or negative. matched_by: the last query that matched, −1 so far."""
     k = distances.shape[1]
-    scores = np.empty(n_documents, np.float32)
-    matched_by = np.full(n_documents, -1, np.int64)  # the last query that matched
     for query in range(len(starts) - 1):
         for term in terms[starts[query] : starts[query + 1]]:
             if term < 0:
@@ -200,7 +202,7 @@ def _search_any_sign(
                 scores[document] += impacts[posting]
 
         nearest, found, size = distances[query], ids[query], 0
-        for document in range(n_documents):
+        for document in range(len(scores)):
             if matched_by[document] == query and (size < k or -scores[document] < nearest[0]):
                 size = push(nearest, found, size, -scores[document], document)
         sort(nearest[:size], found[:size])

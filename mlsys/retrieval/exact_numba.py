@@ -33,8 +33,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import numpy as np
-from numba import njit
 
+from mlsys.compiled import uncounted
 from mlsys.retrieval import _rank, exact
 from mlsys.retrieval._collect_numba import Collector, collect
 from mlsys.retrieval._registers_numba import COLUMNS, compare, panels
@@ -43,7 +43,7 @@ Array = np.ndarray
 
 TILE = 4096  # vectors that are gathered at once, where a filter leaves some
 QUERIES = 1024  # queries that are searched together
-CANDIDATES = 1 << 20  # neighbours that are looked for at once: each takes 52 bytes (see `Collector`)
+CANDIDATES = 1 << 20  # neighbours that are looked for at once: each takes 48 bytes (see `Collector`)
 ENOUGH = 1 << 24  # multiply-adds for which another thread is worth its start
 FEW = 8  # queries that are compared directly, without a matrix product
 STREAM = 256  # vectors whose estimates are held at once in the direct way
@@ -69,7 +69,8 @@ class Exact(exact.Exact):
         k_here = min(k, n)
         collector = Collector(len(queries), k_here, slack)
         if len(queries) <= FEW and rows is None:
-            _stream(queries, x, halves, *collector.state)
+            room, last = (np.empty((1, size), np.float32) for size in (STREAM, n % STREAM))
+            _stream(queries, x, halves, room, last, np.zeros(1, np.int64), NONE, *collector.state)
         else:
             _compare(queries, x, halves, rows, collector)
         overflown = collector.settle(self.metric, queries, x, self._ids, rows, distances, ids, by_row=True)
@@ -116,25 +117,36 @@ def _parts(n: int, most: int) -> Iterator[slice]:
     return (slice(start, min(start + each, n)) for start in range(0, n, each))
 
 
-@njit(cache=True, nogil=True)
+@uncounted()
 def _stream(
-    queries: Array, x: Array, halves: Array, heaps: Array, slack: Array, estimates: Array, slots: Array, counts: Array
+    queries: Array,
+    x: Array,
+    halves: Array,
+    room: Array,
+    last: Array,
+    which: Array,
+    allowed: Array,
+    bars: Array,
+    slack: Array,
+    estimates: Array,
+    slots: Array,
+    counts: Array,
 ) -> None:
-    """`collect` of estimates that are computed directly, a few vectors at a time and each read once for all queries."""
+    """`collect` of estimates that are computed directly, a few vectors at a time and each read once for all queries.
+
+    room, last, which: for STREAM vectors, for those that are left, for the number of a query.
+    """
     n = len(x)
-    room = np.empty((1, STREAM), np.float32)
-    which = np.zeros(1, np.int64)
-    none = np.empty(0, np.bool_)
     for start in range(0, n, STREAM):
-        if start + STREAM > n:  # the last ones
-            room = np.empty((1, n - start), np.float32)
+        some = halves[start : min(start + STREAM, n)]
+        products = room if len(some) == STREAM else last
         for q in range(len(queries)):
-            estimate(queries[q], x, start, room[0])
+            estimate(queries[q], x, start, products[0])
             which[0] = q
-            collect(room, halves[start : start + STREAM], start, which, none, heaps, slack, estimates, slots, counts)
+            collect(products, some, start, which, allowed, bars, slack, estimates, slots, counts)
 
 
-@njit(cache=True, nogil=True, fastmath={"nnan", "nsz", "reassoc", "contract"})
+@uncounted(fastmath={"nnan", "nsz", "reassoc", "contract"})
 def estimate(query: Array, x: Array, start: int, out: Array) -> None:
     """−⟨q, x⟩ for the vectors x[start], x[start + 1], …, one for each place in `out`."""
     for i in range(len(out)):

@@ -24,6 +24,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from mlsys.compiled import uncounted
 from mlsys.retrieval import _rank, exact_numba, ivf
 from mlsys.retrieval._collect_numba import Collector, collect
 from mlsys.retrieval.exact_numba import NONE, estimate
@@ -51,37 +52,42 @@ class IVF(ivf.IVF):
         collector = Collector(len(queries), min(k, len(self)), _rank.slack(self.metric, queries, self._longest))
         allowed = NONE if mask is None else mask
         # The list nearest to each query first, so that few of the others' vectors are below its bar
+        room = np.empty(TOGETHER * int(lists.sizes.max(initial=0)), np.float32)
         rounds = (probes[:, :1], probes[:, 1:]) if x.nbytes <= CACHED else (probes,)
         for some in rounds:
             some = np.ascontiguousarray(some)
-            _scan(queries, some, lists.starts, lists.sizes, x, halves, allowed, *collector.state)
+            first, members = by_list(some, len(lists.sizes))
+            _scan(queries, first, members, lists.starts, lists.sizes, x, halves, allowed, room, *collector.state)
         overflown = collector.settle(self.metric, queries, x, self._ids, lists.rows, distances, ids, by_row=False)
         for q in overflown:
             one = slice(q, q + 1)
             super()._scan(queries[one], probes[one], k, mask, distances[one], ids[one])
 
 
-@njit(cache=True, nogil=True)
+@uncounted()
 def _scan(
     queries: Array,
-    probes: Array,
+    first: Array,
+    members: Array,
     starts: Array,
     sizes: Array,
     x: Array,
     halves: Array,
     allowed: Array,
-    heaps: Array,
+    room: Array,
+    bars: Array,
     slack: Array,
     estimates: Array,
     slots: Array,
     counts: Array,
 ) -> None:
-    """`collect` list by list, for the queries that probe it. allowed: by slot, or empty for all."""
-    first, members = by_list(probes, len(sizes))
-    room = np.empty((TOGETHER, sizes.max()), np.float32)
+    """`collect` list by list, for the queries that probe it, from `by_list`. allowed: by slot, or empty for all.
+
+    room: for the products of TOGETHER queries and the longest list.
+    """
     for i in range(len(sizes)):
         start, end = starts[i], starts[i] + sizes[i]
-        products = room[:, : sizes[i]]
+        products = room[: TOGETHER * sizes[i]].reshape(TOGETHER, sizes[i])
         near = allowed[start:end] if len(allowed) else allowed
         at = first[i]
         while at < first[i + 1]:
@@ -91,7 +97,7 @@ def _scan(
             else:
                 for r in range(len(some)):
                     estimate(queries[some[r]], x, start, products[r])
-            collect(products, halves[start:end], start, some, near, heaps, slack, estimates, slots, counts)
+            collect(products, halves[start:end], start, some, near, bars, slack, estimates, slots, counts)
             at += len(some)
 
 
@@ -110,16 +116,16 @@ def by_list(probes: Array, n_lists: int) -> tuple[Array, Array]:
     return first, members
 
 
-@njit(cache=True, nogil=True, fastmath={"nnan", "nsz", "reassoc", "contract"})
+@uncounted(fastmath={"nnan", "nsz", "reassoc", "contract"})
 def _estimate_four(queries: Array, some: Array, x: Array, start: int, out: Array) -> None:
     """−⟨q, x⟩ of four queries and the vectors x[start], x[start + 1], …: out (4, n)."""
-    first, second, third, fourth = queries[some[0]], queries[some[1]], queries[some[2]], queries[some[3]]
+    q, r, s, t = some[0], some[1], some[2], some[3]
     for i in range(out.shape[1]):
         a = b = c = d = np.float32(0)
         for j in range(x.shape[1]):
             value = x[start + i, j]
-            a += first[j] * value
-            b += second[j] * value
-            c += third[j] * value
-            d += fourth[j] * value
+            a += queries[q, j] * value
+            b += queries[r, j] * value
+            c += queries[s, j] * value
+            d += queries[t, j] * value
         out[0, i], out[1, i], out[2, i], out[3, i] = -a, -b, -c, -d

@@ -21,8 +21,8 @@ See also:
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from mlsys.compiled import uncounted
 from mlsys.retrieval import exact_numba, ivfpq
 from mlsys.retrieval._heap_numba import NO_ID, sort
 from mlsys.retrieval.pq_numba import NONE, add_up, books_across, fill, keep, words
@@ -52,14 +52,15 @@ class IVFPQ(ivfpq.IVFPQ):
         codes, terms = lists.arrays["codes"], lists.arrays["terms"]
         allowed = NONE if mask is None else mask
         ids[:] = NO_ID
+        room = np.empty(across[..., 0, :].size, np.float32), np.empty(int(lists.sizes.max()), np.float32)
         _scan(
             parts, across, probes, to_centroids, lists.starts, lists.sizes, codes, words(codes), terms, lists.rows,
-            self._ids, allowed, distances, ids,
+            self._ids, allowed, *room, distances, ids,
         )  # fmt: skip
         ids[ids == NO_ID] = -1
 
 
-@njit(cache=True, nogil=True)
+@uncounted()
 def _scan(
     parts: Array,
     across: Array,
@@ -73,13 +74,16 @@ def _scan(
     rows: Array,
     ids: Array,
     allowed: Array,
+    table: Array,
+    room: Array,
     distances: Array,
     found: Array,
 ) -> None:
-    """Fill distances (∞ so far) and found (NO_ID so far), (n_queries, k). terms, rows, allowed: by slot."""
+    """Fill distances (∞ so far) and found (NO_ID so far), (n_queries, k). terms, rows, allowed: by slot.
+
+    table, room: for one query, for one list.
+    """
     size = across.shape[2]
-    table = np.empty(across.shape[0] * size, np.float32)
-    room = np.empty(sizes.max(), np.float32)
     for q in range(len(parts)):
         fill(parts[q], across, False, table)
         for p in range(probes.shape[1]):

@@ -31,8 +31,8 @@ from __future__ import annotations
 import sys
 
 import numpy as np
-from numba import njit
 
+from mlsys.compiled import uncounted
 from mlsys.retrieval import pq
 from mlsys.retrieval._heap_numba import NO_ID, sink, sort, worse
 
@@ -54,7 +54,11 @@ class PQ(pq.PQ):
         codes = self._codes.view
         mask = NONE if allowed is None else allowed
         ids[:] = NO_ID
-        _scan(parts, across, self.metric == "l2", codes, words(codes), base, self._ids, mask, distances, ids)
+        room = np.empty(across[..., 0, :].size, np.float32), np.empty(BLOCK, np.float32)
+        rows = np.arange(len(codes), dtype=np.int32)
+        _scan(
+            parts, across, self.metric == "l2", codes, words(codes), base, self._ids, rows, mask, *room, distances, ids
+        )
         ids[ids == NO_ID] = -1
 
 
@@ -71,7 +75,7 @@ def words(codes: Array) -> Array:
     return codes.view(np.uint64)
 
 
-@njit(cache=True, nogil=True)
+@uncounted()
 def fill(parts: Array, across: Array, squared: bool, table: Array) -> None:
     """One query's row of `Quantizer.tables`, summed in the same order: parts (m, d/m), table (m · 2^bits,)."""
     m, width, size = across.shape
@@ -95,7 +99,7 @@ def fill(parts: Array, across: Array, squared: bool, table: Array) -> None:
                     row[v] -= value * book[v]
 
 
-@njit(cache=True, nogil=True)
+@uncounted()
 def _scan(
     parts: Array,
     across: Array,
@@ -104,14 +108,15 @@ def _scan(
     packed: Array,
     base: float,
     ids: Array,
+    rows: Array,
     allowed: Array,
+    table: Array,
+    room: Array,
     distances: Array,
     found: Array,
 ) -> None:
+    """Fill distances (∞ so far) and found (NO_ID so far), (n_queries, k). table, room: for one query, for one block."""
     size = across.shape[2]
-    table = np.empty(across.shape[0] * size, np.float32)
-    room = np.empty(BLOCK, np.float32)
-    rows = np.arange(len(codes)).astype(np.int32)
     for q in range(len(parts)):
         fill(parts[q], across, squared, table)
         for at in range(0, len(codes), BLOCK):
@@ -123,7 +128,7 @@ def _scan(
         sort(distances[q], found[q])
 
 
-@njit(cache=True, nogil=True)
+@uncounted()
 def add_up(table: Array, size: int, codes: Array, packed: Array, at: int, out: Array) -> None:
     """out[i] += Σ_j table[j · size + codes[at + i, j]], j in order: four vectors side by side."""
     n, m = len(out), codes.shape[1]
@@ -155,7 +160,7 @@ def add_up(table: Array, size: int, codes: Array, packed: Array, at: int, out: A
         out[i] = total
 
 
-@njit(cache=True, nogil=True)
+@uncounted()
 def keep(totals: Array, ids: Array, rows: Array, allowed: Array, distances: Array, found: Array) -> None:
     """Put hits into the heap of the k best where they are better than its worst. ids: by row, rows: of each hit."""
     bar = distances[0]
