@@ -12,6 +12,8 @@ Memory:
 
 Papers:
     Knuth 1998, "The Art of Computer Programming", volume 3, Section 6.4 (Algorithm L, linear probing).
+    Dietzfelbinger 1996, "Universal hashing and k-wise independent random variables via integer arithmetic without
+    primes", STACS (the hash).
 
 See also:
     `_hnsw_index` (one node for equal vectors), `_hnsw_graph` (where the vectors are).
@@ -20,9 +22,11 @@ See also:
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 
 import numpy as np
 
+ROWS = 1024  # vectors that are hashed at once
 FREE, GONE = -1, -2  # a place that was never taken, and one whose node was removed: the search goes on after it
 
 
@@ -42,39 +46,44 @@ class NodeTable:
         """The node of each of x (m, d), and the rows of x that are new: nodes len(vectors) … of `vectors` (n, d)."""
         if 2 * (self._taken + len(x)) > len(self._places):
             self._places = array("i", [FREE]) * (1 << (2 * (len(vectors) + len(x)) - 1).bit_length())
-            self._taken = 0
-            for node in range(len(vectors)):
-                at, _ = self._find(vectors[node].tobytes(), vectors, x, [])
-                self._take(at, node)
-        nodes, new = np.empty(len(x), np.int32), list[int]()
-        for row in range(len(x)):
-            at, node = self._find(x[row].tobytes(), vectors, x, new)
+            for node, at in enumerate(_hashes(vectors)):
+                at, _ = self._find(at, vectors[node], vectors, x, [])
+                self._places[at] = node
+            self._taken = len(vectors)
+        nodes, new, places, last = array("i"), list[int](), self._places, len(self._places) - 1
+        for row, at in enumerate(_hashes(x)):
+            node = places[at & last]
+            if node != FREE:  # else, which is usual, there is nothing to compare
+                at, node = self._find(at, x[row], vectors, x, new)
             if node == FREE:
-                node = len(vectors) + len(new)
-                self._take(at, node)
+                node = places[at & last] = len(vectors) + len(new)
                 new.append(row)
-            nodes[row] = node
-        return nodes, new
+            nodes.append(node)
+        self._taken += len(new)
+        return np.frombuffer(nodes, np.int32), new
 
-    def _find(self, vector: bytes, vectors: np.ndarray, x: np.ndarray, new: list[int]) -> tuple[int, int]:
-        """The place of a vector, and the node there, which is FREE if no node has it."""
-        places, last = self._places, len(self._places) - 1
-        at = hash(vector) & last
+    def _find(self, at: int, vector: np.ndarray, vectors: np.ndarray, x: np.ndarray, new: list[int]) -> tuple[int, int]:
+        """The place of a vector with this hash, and the node there, which is FREE if no node has it."""
+        places, last, own = self._places, len(self._places) - 1, vector.tobytes()
+        at &= last
         while (node := places[at]) != FREE:
-            if (
-                node >= 0
-                and (vectors[node] if node < len(vectors) else x[new[node - len(vectors)]]).tobytes() == vector
-            ):
-                break
+            if node >= 0:
+                other = vectors[node] if node < len(vectors) else x[new[node - len(vectors)]]
+                if other.tobytes() == own:
+                    break
             at = (at + 1) & last
         return at, node
-
-    def _take(self, at: int, node: int) -> None:
-        self._places[at] = node
-        self._taken += 1
 
     def renumber(self, gone: np.ndarray) -> None:
         """Forget the nodes that are `gone`, a bool mask; the others close the gaps."""
         number = np.append(np.where(gone, GONE, np.cumsum(~gone) - 1), [GONE, FREE]).astype(np.int32)
         places = np.frombuffer(self._places, np.int32)  # the same memory
         places[:] = number[places]
+
+
+def _hashes(vectors: np.ndarray) -> Iterator[int]:
+    """A hash of each vector: the upper half of Σ a_j · bits_j modulo 2⁶⁴, with odd random a_j."""
+    weights = np.random.default_rng(0).integers(1 << 62, size=vectors.shape[1], dtype=np.uint64) * 2 + 1
+    for start in range(0, len(vectors), ROWS):
+        bits = np.ascontiguousarray(vectors[start : start + ROWS]).view(np.uint32).astype(np.uint64)
+        yield from ((bits @ weights) >> np.uint64(32)).tolist()

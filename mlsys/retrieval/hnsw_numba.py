@@ -46,7 +46,7 @@ from mlsys.retrieval._hnsw_index import SELECT, NodeIndex
 from mlsys.retrieval._vectors import METRICS, whole
 
 FEW = 4  # nodes or queries: not worth a thread
-PIECES = 4  # of the work, for each thread: to hand one over takes as long as a node or two
+LINKED = 200  # nodes to link, below which one thread is as fast as several, which all look at all of them
 
 
 class HNSW(NodeIndex):
@@ -104,7 +104,7 @@ class HNSW(NodeIndex):
 
     def _link_back(self, nodes: np.ndarray) -> None:
         graph, arrays = self._graph, self._tables
-        parts = self.threads if len(nodes) > FEW else 1
+        parts = self.threads if len(nodes) >= LINKED else 1
 
         def link(part: int, _: int) -> None:
             compiled.link_back(*arrays, nodes, graph.top, self._rule, part, parts)
@@ -161,9 +161,12 @@ class HNSW(NodeIndex):
         if parts <= 1:
             work(0, n)
             return
-        pieces = min(PIECES * parts, -(-n // each))  # more than threads: who is done early takes another
-        ends = [n * piece // pieces for piece in range(pieces, -1, -1)]
-        left = list(zip(ends[1:], ends[:-1], strict=True))  # the first at the end
+        left, begin = list[tuple[int, int]](), 0
+        while begin < n:  # half of what there is for all of them, then half of the rest: all are done at about one time
+            end = min(n, begin + max(each // 2, -(-(n - begin) // (2 * parts)), 1))
+            left.append((begin, end))
+            begin = end
+        left.reverse()  # the first at the end
 
         def take_turns() -> None:
             while True:

@@ -16,7 +16,7 @@ def test_against_a_dictionary(clash, steps):
     """clash: all vectors have one of three hashes."""
     with pytest.MonkeyPatch.context() as patch:
         if clash:
-            patch.setattr(_hnsw_nodes, "hash", lambda vector: sum(vector) % 3, raising=False)
+            patch.setattr(_hnsw_nodes, "_hashes", lambda x: (int(row.sum()) % 3 for row in x))
         table, vectors, node_of = NodeTable(), np.empty((0, 2), np.float32), {}
         for seed, n, remove in steps:
             rng = np.random.default_rng(seed)
@@ -46,3 +46,17 @@ def test_memory_is_a_few_bytes_a_node():
         nodes, new = table.enter(x[row : row + 1], x)
         assert nodes.tolist() == [row]
         assert not new
+
+
+def test_hashes_spread():
+    """Small integers, whose last bits as floats are all 0, and vectors that differ in one place."""
+    rng = np.random.default_rng(0)
+    some = rng.integers(0, 4, (4000, 16)).astype(np.float32)
+    one = np.zeros((4000, 16), np.float32)
+    one[:, 7] = np.arange(4000)
+    for x in (np.unique(some, axis=0), one):
+        hashes = np.array(list(_hnsw_nodes._hashes(x)))
+        for last in (255, 4095):
+            _, counts = np.unique(hashes & last, return_counts=True)
+            assert counts.max() < 10 + 3 * len(x) / last
+        assert list(_hnsw_nodes._hashes(x[:5])) == hashes[:5].tolist()
