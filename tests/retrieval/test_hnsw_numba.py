@@ -56,7 +56,10 @@ def test_cosine_answers_are_as_good(HNSW):
 
 
 @pytest.mark.parametrize("threads", [2, 3])
-def test_the_same_for_any_number_of_threads(threads):
+@pytest.mark.parametrize("linked", [5, 200])
+def test_the_same_for_any_number_of_threads(threads, linked, monkeypatch):
+    """linked: how many nodes there are in a batch that is linked by several."""
+    monkeypatch.setattr(hnsw_numba, "LINKED", linked)
     x, queries = manifold(0, 1500), manifold(1, 50)
     one = hnsw_numba.HNSW(M=5, ef_construction=30).fit(x)
     many = hnsw_numba.HNSW(M=5, ef_construction=30, threads=threads).fit(x)
@@ -64,6 +67,20 @@ def test_the_same_for_any_number_of_threads(threads):
     same_graph(one.add(manifold(3, 200)), many.add(manifold(3, 200)))
     for a, b in zip(one.search(queries, 5), many.search(queries, 5), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("n", [0, 1, 4, 5, 29, 1000])
+def test_work_is_done_once_and_in_pieces_that_get_smaller(threads, n):
+    done = []
+    hnsw_numba.HNSW(threads=threads)._spread(lambda begin, end: done.append((begin, end)), n)
+    done.sort()
+    assert [i for begin, end in done for i in range(begin, end)] == list(range(n))
+    if threads > 1 and n > hnsw_numba.FEW:
+        sizes = [end - begin for begin, end in done]
+        assert sizes == sorted(sizes, reverse=True)
+        assert sizes[0] <= -(-n // (2 * min(threads, -(-n // hnsw_numba.FEW))))
+        assert sizes[-1] <= 2
 
 
 def test_queries_are_answered_alone_as_together(HNSW):
