@@ -27,7 +27,6 @@ SCRATCH, SCRATCH_ELSEWHERE = 2 << 20, 256 << 20
 def copied(queries: Queries, stored: Stored, items: Items) -> Parts:
     """Attention of each item's queries to its blocks, a group of items of about the same length at a time."""
     q, scale, position, slopes, softcap, need_lse = queries
-    q = q * scale
     dtype = wide(q)
     out = q.new_zeros(*q.shape[:3], stored.values.shape[3], dtype=dtype)
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=dtype) if need_lse else out[..., 0]
@@ -36,7 +35,7 @@ def copied(queries: Queries, stored: Stored, items: Items) -> Parts:
         some = items.only(group, stored.block)
         ids = group if isinstance(group, slice) else torch.from_numpy(group).to(q.device)
         copy.turn_to(some)
-        scores = copy.scores(q[ids]).to(dtype)  # (m, kv_heads, rows, n)
+        scores = copy.scores(q[ids]).to(dtype).mul_(scale)  # (m, kv_heads, rows, n)
         if softcap is not None:
             scores = scores.div_(softcap).tanh_().mul_(softcap)
         if slopes is not None:

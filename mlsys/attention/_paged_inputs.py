@@ -204,7 +204,8 @@ def check_tables(tables: Tensor, lengths: Tensor, stored: Stored) -> Tables:
             f"tables must have a block of {stored.block} tokens for each token of the longest sequence, {longest}, "
             f"that is {-(-longest // stored.block)} columns, got {tables.shape[1]}: a block missing, or a length off?"
         )
-    return Tables(tables.long().cpu().numpy(), np.array(counts, np.int64), stored.block, stored.keys.shape[0])
+    table = tables.cpu().numpy().astype(np.int64)  # a copy: compiled code relies on what is checked of it
+    return Tables(table, np.array(counts, np.int64), stored.block, stored.keys.shape[0])
 
 
 def check_packed(q: Tensor, cu_seqlens_q: Tensor, lengths: np.ndarray) -> np.ndarray:

@@ -132,6 +132,7 @@ def step(
 
     A table entry that is no block, of a token that is seen, makes the sequence's result NaN, as does a length beyond
     its table. `splits` None is for sequences as long as the tables are wide. No sinks: those are `decode`'s.
+    RuntimeError under a gradient, as there.
     """
     _check(q)
     whole("splits", 1 if splits is None else splits)

@@ -5,7 +5,7 @@ the bar when they came. When the list has grown by so many, it is thinned out: i
 estimate and the slack make a new bar, and what is above goes. (A heap of the k smallest would
 lower the bar with each of them, and cost a walk from its top each time; here most cost a store.)
 A query whose list is full of candidates all the same (thousands of equal vectors, data far from
-the origin) is marked as overflown, and left to the readable version.
+the origin, where the slack is wide) is marked as overflown, and left to the readable version.
 
 See also:
     `_rank` (what an estimate is, and the slack), `_heap_numba` (the best k with ids), `exact_numba`, `ivf_numba`.
@@ -70,7 +70,8 @@ class Collector:
         return np.flatnonzero(self.bars == -np.inf)
 
 
-# The order in which a float64 sum is taken differs from NumPy's: rounded to float32, one distance in 10⁸ or so differs.
+# The order in which a float64 sum is taken differs from NumPy's: rounded to float32, a distance seldom differs, but for
+# cosine distances near 0, differences of two numbers near 1.
 @uncounted(fastmath={"nnan", "nsz", "reassoc", "contract"})
 def _settle(
     metric: int,
@@ -191,12 +192,10 @@ lowest_bit: Any = intrinsic(_lowest_bit_typed)
 def note(
     q: int, estimate: float, slot: int, bars: Array, slack: Array, estimates: Array, slots: Array, counts: Array
 ) -> float:
-    """Put an estimate that is not above the bar into the list of query q; its bar then, −∞ if it has overflown.
-
-    No view of an array is made here, nor elsewhere for each vector: numba counts the references to what it views, and
-    an atomic addition costs more than a store.
-    """
+    """Put an estimate that is not above the bar into the list of query q; its bar then, −∞ if it has overflown."""
     count = counts[q, 0]
+    if count == counts[q, 1]:  # overflown, and the estimate is −∞ as well
+        return bars[q]
     estimates[q, count], slots[q, count] = estimate, slot
     counts[q, 0] = count + 1
     if count + 1 == counts[q, 1]:
@@ -223,7 +222,7 @@ def _thin(q: int, steps: int, bars: Array, slack: Array, estimates: Array, slots
 
 @uncounted(fastmath={"nnan", "nsz"})
 def _kth(values: Array, q: int, n: int, k: int, steps: int) -> float:
-    """The k-th smallest of n values in row q, or after `steps` a little more: halve the interval in which it lies."""
+    """The k-th smallest of n values in row q, or after `steps` a later one: halve the interval in which it lies."""
     low = high = values[q, 0]
     for i in range(n):
         low, high = min(low, values[q, i]), max(high, values[q, i])
@@ -240,4 +239,7 @@ def _kth(values: Array, q: int, n: int, k: int, steps: int) -> float:
             high = middle
             if below == k:
                 break
-    return high
+    kth = low
+    for i in range(n):
+        kth = max(kth, values[q, i] if values[q, i] <= high else low)
+    return kth

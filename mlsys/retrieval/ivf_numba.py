@@ -49,10 +49,14 @@ class IVF(ivf.IVF):
     def _scan(self, queries: Array, probes: Array, k: int, mask: Array | None, distances: Array, ids: Array) -> None:
         lists = self._lists
         x, halves = lists.arrays["vectors"], lists.arrays["halves"]
-        collector = Collector(len(queries), min(k, len(self)), _rank.slack(self.metric, queries, self._longest))
+        slack = _rank.slack(self.metric, queries, self._longest)
+        if not np.isfinite(slack).all():
+            super()._scan(queries, probes, k, mask, distances, ids)
+            return
+        collector = Collector(len(queries), min(k, len(self)), slack)
         allowed = NONE if mask is None else mask
-        # The list nearest to each query first, so that few of the others' vectors are below its bar
         room = np.empty(TOGETHER * int(lists.sizes.max(initial=0)), np.float32)
+        # The list nearest to each query first, so that few of the others' vectors are below its bar
         rounds = (probes[:, :1], probes[:, 1:]) if x.nbytes <= CACHED else (probes,)
         for some in rounds:
             some = np.ascontiguousarray(some)

@@ -503,3 +503,30 @@ def test_the_contract_with_other_numbers(module, seed):
     contract = find(f"attention.{module.__name__.rpartition('.')[2]}")
     assert check(contract, module.decode, seed=seed).passed
     assert check(contract, lambda *x, scale=None: module.decode(*x, scale=scale, splits=2), seed=seed).passed
+
+
+@MODULES
+@pytest.mark.parametrize("share", [False, True])
+def test_a_scale_is_applied_to_scores_in_float32(module, share):
+    """In float16, scaled queries would be infinite, and the difference of their scores no number."""
+    s = scene([9, 6, 12], shared=1, dtype=torch.float16)
+    out, lse = module.decode(s.q, *s.cache, scale=1e5, share_prefixes=share, return_lse=True)
+    wide = module.decode(s.q.double(), *(x.double() for x in s.cache[:2]), *s.cache[2:], scale=1e5, return_lse=True)
+    assert out.isfinite().all()
+    torch.testing.assert_close(lse.double(), wide[1], rtol=1e-3, atol=50)
+    torch.testing.assert_close(out.double(), wide[0], rtol=1e-2, atol=1e-2)
+
+
+@MODULES
+def test_tables_may_change_after_they_are_checked(module):
+    s = scene([9, 4])
+    tables = s.cache[2].long()
+    seen = []
+
+    def reader(queries, stored, items):
+        tables.fill_(10**9)
+        seen.append(items.table.max() < len(stored.keys))
+        return copied(queries, stored, items)
+
+    module.decode(s.q, *s.cache[:2], tables, s.cache[3], reader=reader)
+    assert seen == [True]

@@ -54,6 +54,13 @@ def test_compiled_equals_readable():
     )
 
 
+def test_where_an_estimate_may_overflow_the_readable_version_answers():
+    x, queries = groups(), groups(9, seed=1)
+    plain, fast = ivf.IVF(n_lists=40, n_probe=6).fit(x), ivf_numba.IVF(n_lists=40, n_probe=6).fit(x)
+    plain._longest = fast._longest = 1e30  # as a file could say: the slack is infinite
+    equal(plain.search(queries, 3), fast.search(queries, 3))
+
+
 def test_a_filter_that_leaves_few_is_exact(IVF):
     x, queries = groups(), groups(30, seed=1)
     mask = np.arange(len(x)) % 50 == 0
