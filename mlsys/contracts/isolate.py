@@ -325,6 +325,7 @@ def answer(spec: dict[str, Any], work: Callable[[dict[str, Any], Callable[..., N
     def send(event: str, **fields: Any) -> None:
         if os.getpid() != own_pid:  # a fork of the code under check that came back here
             os._exit(1)
+        _flush()  # who reads the last message ends this process, and what was printed before is to be seen
         # the first newline ends whatever else may have been written to the pipe
         line = f"\n{json.dumps({'token': spec['token'], 'event': event, **fields}, default=repr)}\n".encode()
         while line:
@@ -336,10 +337,15 @@ def answer(spec: dict[str, Any], work: Callable[[dict[str, Any], Callable[..., N
         kind = next((base.__name__ for base in type(error).__mro__ if base.__name__ in RAISED), "RuntimeError")
         text = str(error) if type(error) in (*RAISED.values(), RuntimeError) else loading.one_line(error)
         send("error", kind=kind, message=text)
+    _flush()
+    os._exit(0)  # not by returning: the code under check may have left threads and exit handlers
+
+
+def _flush() -> None:
+    """Write out what was printed, if these are still files."""
     with contextlib.suppress(Exception):
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(0)  # not by returning: the code under check may have left threads and exit handlers
 
 
 def _die_with(parent: int) -> None:
