@@ -1,8 +1,8 @@
 """numba's compiler, as the inner loops of this library ask for it.
 
 numba counts the references to every array: also to a view like `x[i]`, and to each array that is handed to another
-compiled function. Where the count is changed, in a loop, it stays in the machine code: two atomic additions, some ten
-nanoseconds, and more if another thread counts the same array. In a loop whose steps take as long, that is half of it.
+compiled function. Where that happens in a loop it stays in the machine code: two atomic additions each time, which wait
+for each other, and for other threads that count the same array. Where a step of the loop is short, it shows.
 
 Whoever calls from Python holds the arrays anyway. So what makes no arrays of its own is compiled without counting;
 numba refuses to compile an allocation there, or to return an array that was not an argument.
