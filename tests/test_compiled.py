@@ -5,7 +5,7 @@ import pytest
 from numba import njit
 from numba.core.errors import TypingError
 
-from mlsys.compiled import uncounted
+from mlsys.compiled import prefetch, prefetch_second, uncounted
 
 
 def total(x):
@@ -37,3 +37,17 @@ def test_an_allocation_is_refused():
     assert njit(with_scratch)(x) == 4
     with pytest.raises(TypingError, match="Only accept returning of array passed into the function as argument"):
         uncounted()(with_scratch)(x)
+
+
+@pytest.mark.parametrize("request_line", [prefetch, prefetch_second])
+def test_a_request_changes_nothing_and_takes_numbers_of_any_width(request_line):
+    @njit
+    def asked(x, row, column):
+        request_line(x, (row, column))
+        return x[row, column]
+
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    assert asked(x, np.int32(2), 1) == 9
+    assert asked(x, 1, np.int32(3)) == 7
+    (code, *_) = asked.inspect_llvm().values()
+    assert "call void @llvm.prefetch" in code

@@ -41,7 +41,6 @@ import numpy as np
 import torch
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.extending import overload as compiled_by_type
 from torch import Tensor
@@ -53,7 +52,7 @@ from mlsys.attention._paged_items import Items
 from mlsys.attention._vector_numba import REORDERED, exp2, largest
 from mlsys.attention.kv_cache import PagedKVCache, Sequence
 from mlsys.attention.paged import prefill, tokens_read
-from mlsys.compiled import uncounted
+from mlsys.compiled import prefetch_second, uncounted
 
 __all__ = ["attention", "decode", "prefill", "tokens_read"]
 
@@ -196,32 +195,13 @@ def _widened(typing_context: Any, x: Any) -> Any:
 _number: Any = intrinsic(_widened)
 
 
-def _prefetched(typing_context: Any, array: Any, index: Any) -> Any:
-    """Bring the cache line of array[index] nearer; nothing waits for it."""
-
-    def generate(context: Any, build: Any, signature: Any, args: Any) -> Any:
-        of, at = signature.args
-        memory = context.make_array(of)(context, build, args[0])
-        where = cgutils.get_item_pointer(context, build, of, memory, cgutils.unpack_tuple(build, args[1], len(at)))
-        pointer, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
-        prefetch = cgutils.get_or_insert_function(build.module, kind, "llvm.prefetch.p0i8")
-        build.call(prefetch, [build.bitcast(where, pointer), i32(0), i32(2), i32(1)])  # to read, second cache, data
-        return context.get_dummy_value()
-
-    return types.void(array, index), generate
-
-
-_fetch: Any = intrinsic(_prefetched)
-
-
 @uncounted()
 def _fetch_head(blocks: Array, b: int, h: int) -> None:
     """What one head has in block b."""
     line = 64 // blocks.itemsize
     for t in range(blocks.shape[2]):
         for j in range(0, blocks.shape[3], line):
-            _fetch(blocks, (b, h, t, j))
+            prefetch_second(blocks, (b, h, t, j))
 
 
 @uncounted(fastmath=REORDERED)

@@ -21,26 +21,34 @@ from numba import types
 from numba.extending import intrinsic
 
 from mlsys.compiled import uncounted
+from mlsys.retrieval import _rank
 from mlsys.retrieval._heap_numba import NO_ID, sink, sort, worse
+from mlsys.retrieval._intrinsics_numba import lowest_bit
 
 Array = np.ndarray
 BLOCK = 16  # estimates compared at once
+COUNTED = 64  # candidates among which a rank is found by comparing each with all others
 MORE = 32  # a list is thinned out when it has grown by k and so many
 METRICS = ("l2", "ip", "cosine")  # by the number that the compiled code gets
 EVERY = np.empty(0, np.int32)
+NONE = np.empty(0, np.int64)
 
 
 class Collector:
-    """The bars and the candidate lists of a few queries."""
+    """The bars and the candidate lists of a few queries, for the k nearest of vectors that are at most so long.
 
-    def __init__(self, n_queries: int, k: int, slack: Array) -> None:
-        self.bars = np.full(n_queries, np.inf, np.float32)  # −∞: overflown
-        self.slack = np.nextafter(slack.astype(np.float32), np.float32(np.inf))
-        room = 4 * k + 64
-        self.estimates = np.empty((n_queries, room), np.float32)
-        self.slots = np.empty((n_queries, room), np.int64)
-        self.counts = np.zeros((n_queries, 3), np.int64)  # of candidates, at which they are thinned out, and k
-        self.counts[:, 1:] = min(room, 2 * k + MORE), k
+    estimable: False if estimates could overflow for one of them: then nothing can be collected.
+    """
+
+    def __init__(self, metric: str, queries: Array, k: int, longest: float) -> None:
+        n, room = len(queries), 4 * k + 64
+        self._metric, self._queries = METRICS.index(metric), queries
+        self.bars, self.slack = np.empty(n, np.float32), np.empty(n, np.float32)  # a bar of −∞: overflown
+        self.estimates, self.slots = np.empty((n, room), np.float32), np.empty((n, room), np.int64)
+        self.counts = np.empty((n, 3), np.int64)  # of candidates, at which they are thinned out, and k
+        limits = min(room, 2 * k + MORE), k
+        error = _rank.rounding(queries.shape[1])
+        self.estimable: bool = _begin(metric == "l2", queries, longest, *error, *limits, *self.state)
 
     @property
     def state(self) -> tuple[Array, Array, Array, Array, Array]:
@@ -48,26 +56,46 @@ class Collector:
         return self.bars, self.slack, self.estimates, self.slots, self.counts
 
     def settle(
-        self,
-        metric: str,
-        queries: Array,
-        vectors: Array,
-        ids: Array,
-        rows: Array | None,
-        distances: Array,
-        found: Array,
-        *,
-        by_row: bool,
+        self, vectors: Array, ids: Array, rows: Array | None, distances: Array, found: Array, *, by_row: bool
     ) -> Array:
         """Write the k nearest of the candidates, as `_rank.Candidates.settle` does. The queries that have overflown.
 
         ids: by row. rows: the row of each slot (None: its number). by_row: whether vectors lie by row, or by slot.
         """
         rows = EVERY if rows is None else rows
-        found[:] = NO_ID
-        _settle(METRICS.index(metric), queries, vectors, ids, rows, by_row, *self.state, distances, found)
-        found[found == NO_ID] = -1
-        return np.flatnonzero(self.bars == -np.inf)
+        wide, queries = np.empty(vectors.shape[1]), self._queries
+        overflown = _settle(self._metric, queries, vectors, ids, rows, by_row, wide, *self.state, distances, found)
+        return np.flatnonzero(self.bars == -np.inf) if overflown else NONE
+
+
+@uncounted(fastmath={"reassoc", "contract"})
+def _begin(
+    l2: bool,
+    queries: Array,
+    longest: float,
+    factor: float,
+    least: float,
+    full: int,
+    k: int,
+    bars: Array,
+    slack: Array,
+    estimates: Array,
+    slots: Array,
+    counts: Array,
+) -> bool:
+    """Empty lists, no bars, and `_rank.slack`, rounded up. False if that is infinite for a query."""
+    for q in range(len(queries)):
+        total = 0.0
+        for j in range(queries.shape[1]):
+            total += np.float64(queries[q, j]) * np.float64(queries[q, j])
+        length = np.sqrt(total)
+        scale = (length + longest) ** 2 if l2 else 2 * length * longest
+        if not (scale < _rank.MOST and factor < np.inf):
+            return False
+        slack[q] = np.float32((factor * scale + least) * (1 + 4 * _rank.UNIT))
+        bars[q] = np.inf
+        counts[q, 0], counts[q, 1], counts[q, 2] = 0, full, k
+    return True
 
 
 # The order in which a float64 sum is taken differs from NumPy's: rounded to float32, a distance seldom differs, but for
@@ -80,6 +108,7 @@ def _settle(
     ids: Array,
     rows: Array,
     by_row: bool,
+    wide: Array,
     bars: Array,
     slack: Array,
     estimates: Array,
@@ -87,30 +116,55 @@ def _settle(
     counts: Array,
     distances: Array,
     found: Array,
-) -> None:
-    d = queries.shape[1]
+) -> int:
+    """How many have overflown. wide: room for a query in float64. The lists then hold distances and ids."""
+    d, overflown = queries.shape[1], 0
     for q in range(len(queries)):
         if bars[q] == -np.inf:
+            overflown += 1
             continue
-        query = queries[q]
+        for j in range(d):
+            wide[j] = np.float64(queries[q, j])
         _thin(q, 100, bars, slack, estimates, slots, counts)
         for c in range(counts[q, 0]):
             slot = slots[q, c]
             row = rows[slot] if len(rows) else slot
-            vector = vectors[row if by_row else slot]
+            at = row if by_row else slot
             total = 0.0
             if metric == 0:
                 for j in range(d):
-                    step = np.float64(query[j]) - np.float64(vector[j])
+                    step = wide[j] - np.float64(vectors[at, j])
                     total += step * step
             else:
                 for j in range(d):
-                    total += np.float64(query[j]) * np.float64(vector[j])
+                    total += wide[j] * np.float64(vectors[at, j])
                 total = (1.0 if metric == 2 else 0.0) - total
-            distance: Any = np.float32(total)
-            if worse(distances[q, 0], found[q, 0], distance, ids[row]):
-                sink(distances[q], found[q], found.shape[1], distance, ids[row])
+            estimates[q, c], slots[q, c] = np.float32(total), ids[row]
+        _rank_few(q, estimates, slots, counts[q, 0], distances, found)
+    return overflown
+
+
+@uncounted()
+def _rank_few(q: int, near: Array, ids: Array, n: int, distances: Array, found: Array) -> None:
+    """Write the nearest of n hits of query q, in order: by how many come before each; by a heap if there are many."""
+    k = found.shape[1]
+    if n > COUNTED:
+        found[q] = NO_ID
+        for c in range(n):
+            if worse(distances[q, 0], found[q, 0], near[q, c], ids[q, c]):
+                sink(distances[q], found[q], k, near[q, c], ids[q, c])
         sort(distances[q], found[q])
+        for c in range(k):
+            if found[q, c] == NO_ID:
+                found[q, c] = -1
+        return
+    for c in range(n):
+        distance, id_ = near[q, c], ids[q, c]
+        rank = 0
+        for o in range(n):
+            rank += (near[q, o] < distance) | ((near[q, o] == distance) & (ids[q, o] < id_))
+        if rank < k:
+            distances[q, rank], found[q, rank] = distance, id_
 
 
 @uncounted(fastmath={"nnan", "nsz"})
@@ -134,6 +188,8 @@ def collect(
     filtered = len(allowed) > 0
     for r in range(len(which)):
         q = which[r]
+        if not filtered and bars[q] == np.inf and counts[q, 0] == 0:
+            _lower(q, products, r, halves, bars, slack, estimates, counts)
         bar = bars[q]
         for start in range(0, n, BLOCK):
             if start + BLOCK <= n:
@@ -148,6 +204,22 @@ def collect(
                 estimate = products[r, i] + halves[i]  # the bar may be lower by now
                 if estimate <= bar and (not filtered or allowed[i]):
                     bar = note(q, estimate, first + i, bars, slack, estimates, slots, counts)
+
+
+@uncounted(fastmath={"nnan", "nsz"})
+def _lower(
+    q: int, products: Array, r: int, halves: Array, bars: Array, slack: Array, estimates: Array, counts: Array
+) -> None:
+    """A first bar for query q, whose list is empty: from the smallest of every BLOCK-th estimate, for k ≤ BLOCK."""
+    n, k = products.shape[1], counts[q, 2]
+    if k > BLOCK or n < 2 * BLOCK:
+        return
+    for lane in range(BLOCK):
+        estimates[q, lane] = products[r, lane] + halves[lane]
+    for start in range(BLOCK, n - BLOCK + 1, BLOCK):
+        for lane in range(BLOCK):
+            estimates[q, lane] = min(estimates[q, lane], products[r, start + lane] + halves[start + lane])
+    bars[q] = _kth(estimates, q, BLOCK, k, 10) + slack[q]
 
 
 def _below_typed(typing_context: Any, products: Any, r: Any, halves: Any, start: Any, bar: Any) -> tuple[Any, Any]:
@@ -174,18 +246,6 @@ def _below_typed(typing_context: Any, products: Any, r: Any, halves: Any, start:
 
 
 _below: Any = intrinsic(_below_typed)
-
-
-def _lowest_bit_typed(typing_context: Any, bits: Any) -> tuple[Any, Any]:
-    """The number of the lowest bit that is set, of at least one."""
-
-    def generate(context: Any, build: Any, signature: Any, args: Any) -> Any:
-        return build.cttz(args[0], ir.IntType(1)(1))
-
-    return types.int64(types.uint64), generate
-
-
-lowest_bit: Any = intrinsic(_lowest_bit_typed)
 
 
 @uncounted(inline="always")

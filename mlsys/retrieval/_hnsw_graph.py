@@ -19,7 +19,8 @@ import math
 
 import numpy as np
 
-from mlsys.retrieval._vectors import Growing, whole
+from mlsys.retrieval._memory import Growing
+from mlsys.retrieval._vectors import whole
 
 FREE = -1  # a place in a row of links that holds none
 MOST = 2**31 - 1  # nodes: links are int32

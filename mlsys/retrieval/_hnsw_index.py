@@ -46,7 +46,8 @@ import numpy as np
 
 from mlsys.retrieval._hnsw_graph import FREE, MOST, Graph, draw_levels
 from mlsys.retrieval._hnsw_nodes import NodeTable
-from mlsys.retrieval._vectors import Growing, Index, array, modest, whole
+from mlsys.retrieval._memory import Growing
+from mlsys.retrieval._vectors import Index, array, modest, whole
 
 SELECT = ("heuristic", "keep pruned", "nearest")
 BATCH = 50  # a batch is at most the graph's size divided by this

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from mlsys.retrieval import _memory
+
 
 class Lists:
     """`n` lists of slots.
@@ -31,7 +33,7 @@ class Lists:
         self.sizes = np.bincount(list_of, minlength=n)
         self.starts = np.cumsum(self.sizes) - self.sizes
         self.rows = order.astype(np.int32)
-        self.arrays = {name: a[order] for name, a in arrays.items()}
+        self.arrays = {name: _memory.rows(a, order) for name, a in arrays.items()}
         self._room = self.sizes.copy()
         self._end = len(order)  # of the slots in use
 
@@ -108,7 +110,8 @@ class Lists:
         new = np.arange(len(old)) + np.repeat(starts - (np.cumsum(self.sizes) - self.sizes), self.sizes)
 
         def placed(a: np.ndarray) -> np.ndarray:
-            fresh = np.zeros((2 * used + more, *a.shape[1:]), a.dtype)
+            fresh = _memory.empty((2 * used + more, *a.shape[1:]), a.dtype)
+            fresh[:] = 0
             fresh[new] = a[old]
             return fresh
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import numpy as np
 
 UNIT = 2.0**-24  # half the distance from 1 to the next float32
+MOST = 1e37  # what an estimate may be made of: float32 ends at 3.4e38
 PAIRS = 1 << 13  # (query, vector) pairs whose differences are held at once, in float64
 HELD = 1 << 21  # candidates that may wait before they are thinned out
 
@@ -56,11 +57,16 @@ def slack(metric: str, queries: np.ndarray, longest: float) -> np.ndarray:
     last term.
     ∞ where estimates could overflow: then they say nothing.
     """
-    steps = (queries.shape[1] + 10) * UNIT
+    factor, least = rounding(queries.shape[1])
     lengths = np.sqrt(squared_lengths(queries))
     scale = (lengths + longest) ** 2 if metric == "l2" else 2 * lengths * longest
-    bound = steps / (1 - steps) * scale + steps * 2.0**-100 if steps < 0.5 else np.full(len(queries), np.inf)
-    return np.where(scale < 1e37, bound, np.inf)
+    return np.where(scale < MOST, factor * scale + least, np.inf) if factor < np.inf else np.full(len(queries), np.inf)
+
+
+def rounding(d: int) -> tuple[float, float]:
+    """What `slack` has of the dimension: γ, ∞ if it says nothing, and what may underflow."""
+    steps = (d + 10) * UNIT
+    return (steps / (1 - steps) if steps < 0.5 else np.inf), steps * 2.0**-100
 
 
 def distances_of_pairs(

@@ -33,7 +33,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from mlsys.compiled import uncounted
-from mlsys.retrieval._collect_numba import lowest_bit, note
+from mlsys.retrieval._collect_numba import note
+from mlsys.retrieval._intrinsics_numba import lowest_bit
 
 Array = np.ndarray
 

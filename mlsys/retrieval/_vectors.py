@@ -19,7 +19,6 @@ See also:
 
 from __future__ import annotations
 
-import math
 import operator
 import os
 from abc import ABC, abstractmethod
@@ -31,11 +30,11 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from mlsys.retrieval import _index_file
+from mlsys.retrieval._memory import Growing
 
 METRICS = ("l2", "ip", "cosine")
 LARGEST = 1e15  # squares of larger numbers, summed, come near the end of float32
 MOST_ID = 2**63 - 2
-LINE = 64  # bytes of a cache line
 Filter = Callable[[np.ndarray], np.ndarray] | np.ndarray  # ids (n,) → bool (n,), or a mask beside `index.ids`
 
 
@@ -294,8 +293,8 @@ class Index(ABC):
             raise ValueError(f"{name} must have dimension {dim}, as the vectors in the index, got {x.shape[1]}")
         with np.errstate(over="ignore"):  # what does not fit into float32 becomes ∞, which is refused
             x = np.ascontiguousarray(x, np.float32)
-        bad = ~np.isfinite(x).all(axis=1)
-        if bad.any():
+        if not np.isfinite(x).all():
+            bad = ~np.isfinite(x).all(axis=1)
             row = int(bad.argmax())
             raise ValueError(f"{name}[{row}] holds NaN or infinity (as float32); {int(bad.sum())} such vectors in all")
         if self.metric == "cosine":
@@ -317,45 +316,6 @@ class Index(ABC):
                 f"filter {made} a bool mask ({len(self)},) beside index.ids, got {mask.dtype} {mask.shape}"
             )
         return mask
-
-
-class Growing:
-    """An array that grows at its end: when it is full it gets half as much room again, so that n appends cost O(n).
-
-    The array it is made of becomes its own: it may be written to.
-    """
-
-    def __init__(self, array: np.ndarray) -> None:
-        self._room = array
-        self._length = len(array)
-
-    @property
-    def view(self) -> np.ndarray:
-        """What it holds, nothing copied."""
-        return self._room[: self._length]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what it holds, and of the room that is left."""
-        return self._room.nbytes
-
-    def append(self, more: np.ndarray) -> None:
-        """Put `more` (n, …) behind what is there."""
-        length = self._length + len(more)
-        if length > len(self._room):
-            room = _aligned((max(length, self._length + self._length // 2), *self._room.shape[1:]), self._room.dtype)
-            room[: self._length] = self.view
-            self._room = room
-        self._room[self._length : length] = more
-        self._length = length
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array that begins where a cache line does: a row of 512 bytes then lies in 8 lines, not in 9."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + LINE, np.uint8)
-    begin = -memory.ctypes.data % LINE
-    return memory[begin : begin + size].view(dtype).reshape(shape)
 
 
 def whole(name: str, value: Any, least: int, most: int | None = None) -> int:

@@ -49,8 +49,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from mlsys.retrieval import _rank
-from mlsys.retrieval._vectors import Growing, Index, array
+from mlsys.retrieval import _memory, _rank
+from mlsys.retrieval._memory import Growing
+from mlsys.retrieval._vectors import Index, array
 
 ESTIMATES = 1 << 22  # in a tile: queries × vectors
 TILE = 8192  # vectors in a tile, at least
@@ -84,7 +85,7 @@ class Exact(Index):
         return index
 
     def _build(self, x: np.ndarray) -> None:
-        self._adopt(x.copy())
+        self._adopt(_memory.copy(x))
 
     def _adopt(self, x: np.ndarray) -> None:
         self._vectors, self._halves = Growing(x), Growing(_rank.half_norms(self.metric, x))
@@ -97,7 +98,8 @@ class Exact(Index):
 
     def _delete(self, rows: np.ndarray) -> None:
         x, halves = self._vectors.view, self._halves.view
-        self._vectors, self._halves = Growing(np.delete(x, rows, axis=0)), Growing(np.delete(halves, rows))
+        kept = np.delete(np.arange(len(x)), rows)
+        self._vectors, self._halves = Growing(_memory.rows(x, kept)), Growing(halves[kept])
 
     def _arrays(self) -> dict[str, np.ndarray]:
         return {"vectors": self._vectors.view}
@@ -106,7 +108,7 @@ class Exact(Index):
         vectors = array(arrays, "vectors", np.float32, (len(self), self.dim))
         if not np.isfinite(vectors).all():
             raise ValueError("vectors hold NaN or infinity")
-        self._adopt(vectors)
+        self._adopt(_memory.aligned(vectors))
 
     def _find(
         self,

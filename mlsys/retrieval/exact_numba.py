@@ -35,7 +35,7 @@ import numba
 import numpy as np
 
 from mlsys.compiled import uncounted
-from mlsys.retrieval import _rank, exact
+from mlsys.retrieval import _memory, exact
 from mlsys.retrieval._collect_numba import Collector, collect
 from mlsys.retrieval._registers_numba import COLUMNS, compare, panels
 
@@ -46,7 +46,7 @@ QUERIES = 1024  # queries that are searched together
 CANDIDATES = 1 << 20  # neighbours that are looked for at once: each takes 48 bytes (see `Collector`)
 ENOUGH = 1 << 24  # multiply-adds for which another thread is worth its start
 FEW = 8  # queries that are compared directly, without a matrix product
-STREAM = 256  # vectors whose estimates are held at once in the direct way
+STREAM = 1024  # vectors whose estimates are held at once in the direct way
 NONE = np.empty(0, np.bool_)
 
 
@@ -61,19 +61,17 @@ class Exact(exact.Exact):
 
     def _search(self, queries: Array, k: int, rows: Array | None, tile: int, distances: Array, ids: Array) -> None:
         x, halves = self._vectors.view, self._halves.view
-        slack = _rank.slack(self.metric, queries, self._longest)
-        if not np.isfinite(slack).all():
+        n = len(x) if rows is None else len(rows)
+        collector = Collector(self.metric, queries, min(k, n), self._longest)
+        if not collector.estimable:
             super()._search(queries, k, rows, tile, distances, ids)
             return
-        n = len(x) if rows is None else len(rows)
-        k_here = min(k, n)
-        collector = Collector(len(queries), k_here, slack)
         if len(queries) <= FEW and rows is None:
             room, last = (np.empty((1, size), np.float32) for size in (STREAM, n % STREAM))
-            _stream(queries, x, halves, room, last, np.zeros(1, np.int64), NONE, *collector.state)
+            _stream(_memory.aligned(queries), x, halves, room, last, np.zeros(1, np.int64), NONE, *collector.state)
         else:
             _compare(queries, x, halves, rows, collector)
-        overflown = collector.settle(self.metric, queries, x, self._ids, rows, distances, ids, by_row=True)
+        overflown = collector.settle(x, self._ids, rows, distances, ids, by_row=True)
         for q in overflown:
             one = slice(q, q + 1)
             super()._search(queries[one], k, rows, tile, distances[one], ids[one])

@@ -36,13 +36,14 @@ See also:
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 
 import numpy as np
 
 from mlsys.retrieval import _hnsw_compiled as compiled
+from mlsys.retrieval import _memory
 from mlsys.retrieval._hnsw_index import SELECT, NodeIndex
+from mlsys.retrieval._team import Team
 from mlsys.retrieval._vectors import METRICS, whole
 
 FEW = 4  # nodes or queries: not worth a thread
@@ -72,7 +73,7 @@ class HNSW(NodeIndex):
         self._how = METRICS.index(metric)
         self._rule = SELECT.index(select)
         self._marks: list[np.ndarray] = []  # of visited nodes, by threads that have done with them
-        self._pool: ThreadPoolExecutor | None = None  # while nodes are linked in: to start threads takes time
+        self._team: Team | None = None  # while nodes are linked in
 
     @property
     def nbytes(self) -> int:
@@ -83,64 +84,81 @@ class HNSW(NodeIndex):
         if self.threads == 1 or len(nodes) <= FEW:
             super()._link_in(nodes)
             return
-        with ThreadPoolExecutor(self.threads - 1) as self._pool:
+        with Team(self.threads) as self._team:
             try:
                 super()._link_in(nodes)
             finally:
-                self._pool = None
+                self._team = None
 
     def _explore(self, nodes: np.ndarray) -> None:
         graph = self._graph
         if graph.entry < 0:
             return
-        arrays, nodes = self._tables, nodes[self._by_region(graph.vectors[nodes])]
+        arrays = self._tables
+        order, ends = self._by_region(_memory.rows(graph.vectors, nodes))
+        nodes = nodes[order]
 
-        def explore(begin: int, end: int) -> None:
+        taken = np.zeros(1, np.int64)
+
+        def explore(_: int) -> None:
             marks = self._borrow()
-            compiled.explore(*arrays, nodes[begin:end], graph.entry, self.ef_construction, self.M, self._rule, marks)
+            how = graph.entry, self.ef_construction, self.M, self._rule
+            room = np.empty(self.ef_construction + 1, np.int64), _nodes(2 * self.M), _nodes(self.M)
+            compiled.explore(*arrays, nodes, ends, taken, *how, marks, *room)
             self._marks.append(marks)
 
-        self._spread(explore, len(nodes))
+        self._spread(explore, -(-len(nodes) // FEW))
 
     def _link_back(self, nodes: np.ndarray) -> None:
         graph, arrays = self._graph, self._tables
         parts = self.threads if len(nodes) >= LINKED else 1
+        width = 2 * self.M + 1
 
-        def link(part: int, _: int) -> None:
-            compiled.link_back(*arrays, nodes, graph.top, self._rule, part, parts)
+        def link(part: int) -> None:
+            room = _nodes(width), np.empty(width, np.int64), _nodes(width)
+            compiled.link_back(*arrays, nodes, graph.top, self._rule, part, parts, *room)
 
-        self._spread(link, parts, each=1)
+        self._spread(link, parts)
 
     def _nearest(self, queries: np.ndarray, ef: int, k: int) -> tuple[np.ndarray, np.ndarray]:
         graph, arrays = self._graph, self._tables
-        order = self._by_region(queries)
-        queries = queries[order]
+        order, ends = self._by_region(_memory.aligned(queries))
+        queries = _memory.rows(queries, order)
         near = np.full((len(queries), k), np.inf, np.float32)
         nodes = np.full((len(queries), k), -1, np.int32)
 
-        def search(begin: int, end: int) -> None:
+        taken = np.zeros(1, np.int64)
+
+        def search(_: int) -> None:
             marks = self._borrow()
-            some = slice(begin, end)
-            compiled.search(*arrays, queries[some], graph.entry, ef, marks, near[some], nodes[some])
+            room = np.empty(max(ef, 2) + 1, np.int64), _nodes(2 * self.M)
+            compiled.search(*arrays, queries, ends, taken, graph.entry, ef, marks, *room, near, nodes)
             self._marks.append(marks)
 
-        self._spread(search, len(queries))
+        self._spread(search, -(-len(queries) // FEW))
         back = np.argsort(order)
         return near[back], nodes[back]
 
-    def _by_region(self, queries: np.ndarray) -> np.ndarray:
-        """An order of the queries in which those that descend to the same nodes come together."""
+    def _by_region(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """An order of the queries in which those that descend to the same nodes come together, and their ends so."""
         graph = self._graph
-        if len(queries) <= FEW or not graph.top:
-            return np.arange(len(queries))
+        ends = np.empty((len(queries), graph.top), np.int32)
+        if not graph.top:
+            return np.arange(len(queries)), ends
         vectors, how, levels, first, _, upper = self._tables
-        return np.lexsort(compiled.paths(vectors, how, levels, first, upper, queries, graph.entry))
+        compiled.descend(vectors, how, levels, first, upper, queries, graph.entry, ends)
+        order = np.lexsort(ends.T)
+        return order, ends[order]
 
     def _choose(self, node: int, candidates: np.ndarray, most: int) -> np.ndarray:
-        return compiled.choose(self._graph.vectors, self._how, node, candidates.astype(np.int32), most, self._rule)
+        vectors, candidates = self._graph.vectors, candidates.astype(np.int32)
+        room = np.empty(len(candidates), np.int64), _nodes(most), _nodes(most)
+        return room[1][: compiled.choose(vectors, self._how, node, candidates, most, self._rule, *room)]
 
     def _distances(self, query: np.ndarray, nodes: np.ndarray) -> np.ndarray:
-        return compiled.distances(self._graph.vectors, self._how, query, nodes.astype(np.int32))
+        result = np.empty(len(nodes), np.float32)
+        compiled.distances(self._graph.vectors, self._how, query, nodes.astype(np.int32), result)
+        return result
 
     @property
     def _tables(self) -> tuple[np.ndarray, int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -155,32 +173,20 @@ class HNSW(NodeIndex):
             marks = np.zeros(0, np.uint16)
         return marks if len(marks) > len(self._graph) else np.zeros(len(self._graph) + 1, np.uint16)
 
-    def _spread(self, work: Callable[[int, int], None], n: int, each: int = FEW) -> None:
-        """Let the threads do work(begin, end) for all of 0 … n; the one that calls is one of them."""
-        parts = min(self.threads, -(-n // each))
+    def _spread(self, work: Callable[[int], None], most: int) -> None:
+        """Let as many threads as there are, but no more than `most`, do work(0), work(1), …; the caller is the first.
+
+        Where they share something, each takes the next of it when it has done with one (`compiled.take`), so that all
+        are done at about one time.
+        """
+        parts = min(self.threads, most)
         if parts <= 1:
-            work(0, n)
+            work(0)
             return
-        left, begin = list[tuple[int, int]](), 0
-        while begin < n:  # half of what there is for all of them, then half of the rest: all are done at about one time
-            end = min(n, begin + max(each // 2, -(-(n - begin) // (2 * parts)), 1))
-            left.append((begin, end))
-            begin = end
-        left.reverse()  # the first at the end
+        with nullcontext(self._team) if self._team else Team(parts) as team:
+            team.spread(work, parts)
 
-        def take_turns() -> None:
-            while True:
-                try:
-                    begin, end = left.pop()  # lists are safe to share between threads
-                except IndexError:
-                    return
-                work(begin, end)
 
-        with nullcontext(self._pool) if self._pool else ThreadPoolExecutor(parts - 1) as pool:
-            others = [pool.submit(take_turns) for _ in range(parts - 1)]
-            try:
-                take_turns()
-            finally:
-                wait(others)
-            for other in others:
-                other.result()
+def _nodes(n: int) -> np.ndarray:
+    """Room for n nodes."""
+    return np.empty(n, np.int32)

@@ -25,7 +25,7 @@ import numpy as np
 from numba import njit
 
 from mlsys.compiled import uncounted
-from mlsys.retrieval import _rank, exact_numba, ivf
+from mlsys.retrieval import _memory, exact_numba, ivf
 from mlsys.retrieval._collect_numba import Collector, collect
 from mlsys.retrieval.exact_numba import NONE, estimate
 
@@ -49,12 +49,12 @@ class IVF(ivf.IVF):
     def _scan(self, queries: Array, probes: Array, k: int, mask: Array | None, distances: Array, ids: Array) -> None:
         lists = self._lists
         x, halves = lists.arrays["vectors"], lists.arrays["halves"]
-        slack = _rank.slack(self.metric, queries, self._longest)
-        if not np.isfinite(slack).all():
+        collector = Collector(self.metric, queries, min(k, len(self)), self._longest)
+        if not collector.estimable:
             super()._scan(queries, probes, k, mask, distances, ids)
             return
-        collector = Collector(len(queries), min(k, len(self)), slack)
         allowed = NONE if mask is None else mask
+        queries = _memory.aligned(queries)
         room = np.empty(TOGETHER * int(lists.sizes.max(initial=0)), np.float32)
         # The list nearest to each query first, so that few of the others' vectors are below its bar
         rounds = (probes[:, :1], probes[:, 1:]) if x.nbytes <= CACHED else (probes,)
@@ -62,7 +62,7 @@ class IVF(ivf.IVF):
             some = np.ascontiguousarray(some)
             first, members = by_list(some, len(lists.sizes))
             _scan(queries, first, members, lists.starts, lists.sizes, x, halves, allowed, room, *collector.state)
-        overflown = collector.settle(self.metric, queries, x, self._ids, lists.rows, distances, ids, by_row=False)
+        overflown = collector.settle(x, self._ids, lists.rows, distances, ids, by_row=False)
         for q in overflown:
             one = slice(q, q + 1)
             super()._scan(queries[one], probes[one], k, mask, distances[one], ids[one])

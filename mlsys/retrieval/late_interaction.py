@@ -49,7 +49,8 @@ from typing import Any, Self
 import numpy as np
 
 from mlsys.retrieval import _index_file
-from mlsys.retrieval._vectors import LARGEST, Growing, array, whole
+from mlsys.retrieval._memory import Growing
+from mlsys.retrieval._vectors import LARGEST, array, whole
 
 METRICS = ("ip", "cosine")
 FORMAT = "mlsys.late_interaction/1"

@@ -57,7 +57,8 @@ import numpy as np
 
 from mlsys.retrieval import _kmeans
 from mlsys.retrieval._ivf_index import check_numbers
-from mlsys.retrieval._vectors import Growing, Index, array, modest, whole
+from mlsys.retrieval._memory import Growing
+from mlsys.retrieval._vectors import Index, array, modest, whole
 
 ITERATIONS = 20  # of k-means in each part, and of OPQ
 POINTS = 256  # vectors a centroid, at most

@@ -2,14 +2,16 @@
 
 import importlib.util
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
 
-from mlsys.retrieval import _hnsw_compiled, hnsw, hnsw_numba
+from mlsys.retrieval import _hnsw_compiled, _intrinsics_numba, hnsw, hnsw_numba
 
 _spec = importlib.util.spec_from_file_location("tests_of_hnsw", Path(__file__).with_name("test_hnsw.py"))
 _shared = importlib.util.module_from_spec(_spec)
@@ -69,30 +71,53 @@ def test_the_same_for_any_number_of_threads(threads, linked, monkeypatch):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("n", [0, 1, 4, 5, 29, 1000])
-def test_work_is_done_once_and_in_pieces_that_get_smaller(threads, n):
+@pytest.mark.parametrize(("threads", "most", "parts"), [(1, 5, 1), (3, 0, 1), (3, 1, 1), (3, 2, 2), (3, 9, 3)])
+def test_work_is_spread_over_no_more_threads_than_it_is_for(threads, most, parts):
     done = []
-    hnsw_numba.HNSW(threads=threads)._spread(lambda begin, end: done.append((begin, end)), n)
-    done.sort()
-    assert [i for begin, end in done for i in range(begin, end)] == list(range(n))
-    if threads > 1 and n > hnsw_numba.FEW:
-        sizes = [end - begin for begin, end in done]
-        assert sizes == sorted(sizes, reverse=True)
-        assert sizes[0] <= -(-n // (2 * min(threads, -(-n // hnsw_numba.FEW))))
-        assert sizes[-1] <= 2
+    hnsw_numba.HNSW(threads=threads)._spread(done.append, most)
+    assert sorted(done) == list(range(parts))
+
+
+@njit(nogil=True)
+def take_all(taken, n, by, me):
+    while True:
+        i = _intrinsics_numba.take(taken)
+        if i >= n:
+            return
+        by[i] += me
+
+
+def test_each_number_is_taken_once_whoever_asks():
+    taken, by, n = np.zeros(1, np.int64), np.zeros(1_000_000, np.int64), 1_000_000
+    take_all(taken, 0, by, 0)  # compiled before the others race for it
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda me: take_all(taken, n, by, me), (1, 1000, 1_000_000)))
+    assert set(np.unique(by)) <= {0, 1, 1000, 1_000_000}  # the first was taken before the race
+    assert (by[1:] > 0).all()
+    assert taken[0] == n + 3  # each of the three was told once that nothing is left
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_what_a_thread_raises_is_raised(which):
+    def work(part):
+        if part == which:
+            raise KeyError(part)
+
+    with pytest.raises(KeyError):
+        hnsw_numba.HNSW(threads=2)._spread(work, 2)
 
 
 def test_queries_are_answered_alone_as_together(HNSW):
     """Together, they are searched in the order of the regions that they descend to."""
     index = HNSW(M=3, ef_construction=20).fit(manifold(0, 400))
     queries = manifold(1, 40)
-    order = index._by_region(queries)
+    order, where = index._by_region(queries)
     assert sorted(order.tolist()) == list(range(40))
     traces = [hnsw.trace(index, queries[i], k=1) for i in order]
     for lowest in range(1, index.graph.top + 1):
         ends = [tuple(trace.path(layer)[-1] for layer in range(index.graph.top, lowest - 1, -1)) for trace in traces]
         assert sum(a != b for a, b in itertools.pairwise(ends)) == len(set(ends)) - 1  # none comes again later
+        assert [end[-1] for end in ends] == where[:, lowest - 1].tolist()
     together = index.search(queries, 5, ef=20)
     for row, query in enumerate(queries):
         for a, b in zip(index.search(query, 5, ef=20), together, strict=True):

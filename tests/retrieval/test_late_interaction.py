@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mlsys.contracts.core import check
 from mlsys.contracts.retrieval import CONTRACTS
-from mlsys.retrieval import _index_file, _vectors, late_interaction, late_interaction_numba
+from mlsys.retrieval import _index_file, _memory, late_interaction, late_interaction_numba
 
 CONTRACT = CONTRACTS["late_interaction"]
 
@@ -79,14 +79,14 @@ def test_adding_one_by_one_copies_the_tokens_now_and_then(Index):
 
 
 def test_an_interrupted_add_is_as_none(Index, monkeypatch):
-    index, append = Index().fit(texts(0, [3, 2])), _vectors.Growing.append
+    index, append = Index().fit(texts(0, [3, 2])), _memory.Growing.append
 
     def interrupted(self, more):
         if more.ndim == 1:  # the tokens are there, their starts are not
             raise KeyboardInterrupt
         append(self, more)
 
-    monkeypatch.setattr(_vectors.Growing, "append", interrupted)
+    monkeypatch.setattr(_memory.Growing, "append", interrupted)
     with pytest.raises(KeyboardInterrupt):
         index.add(texts(1, [4]))
     monkeypatch.undo()

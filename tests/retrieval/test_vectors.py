@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from mlsys.retrieval import (
     _index_file,
+    _memory,
     _vectors,
     exact,
     exact_numba,
@@ -156,7 +157,7 @@ def test_fit_replaces_and_keeps_no_hold_of_the_callers_array(make):
 
 
 def test_doubling_keeps_what_was_there():
-    grown = _vectors.Growing(np.arange(3))
+    grown = _memory.Growing(np.arange(3))
     views = []
     for i in range(3, 50):
         views.append((grown.view, grown.view.copy()))
