@@ -1,7 +1,7 @@
 """What the processor can do and numba has no word for: a few instructions, in LLVM's language.
 
 See also:
-    `_hnsw_compiled`, `_collect_numba` (who use them), `mlsys.compiled` (more of them).
+    `_hnsw_compiled`, `_collect_numba`, `_registers_numba` (who use them), `mlsys.compiled` (more of them).
 """
 
 from __future__ import annotations

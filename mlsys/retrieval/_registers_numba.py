@@ -33,6 +33,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from mlsys.compiled import uncounted
+from mlsys.retrieval import _memory
 from mlsys.retrieval._collect_numba import note
 from mlsys.retrieval._intrinsics_numba import lowest_bit
 
@@ -49,7 +50,7 @@ def panels(queries: Array) -> Array:
     m, d = queries.shape
     padded = np.zeros((-(-m // COLUMNS) * COLUMNS, d), np.float32)
     np.negative(queries, out=padded[:m])
-    return np.ascontiguousarray(padded.reshape(-1, COLUMNS, d).transpose(0, 2, 1))
+    return _memory.copy(padded.reshape(-1, COLUMNS, d).transpose(0, 2, 1))
 
 
 def compare(panels: Array, x: Array, halves: Array, first: int, *state: Array) -> None:

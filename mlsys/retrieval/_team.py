@@ -9,6 +9,7 @@ See also:
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from queue import SimpleQueue
 from threading import Thread
@@ -19,40 +20,48 @@ Task = tuple[Callable[[int], None], int, SimpleQueue[BaseException | None]]
 
 
 class Team:
-    """The calling thread and n − 1 others. A context manager: at its end the others have ended."""
+    """The thread that enters it as a context, and n − 1 others, which end with it, however it ends."""
 
     def __init__(self, n: int) -> None:
-        self._asked: list[SimpleQueue[Task | None]] = [SimpleQueue() for _ in range(n - 1)]
-        self._threads = [Thread(target=_work, args=(asked,), daemon=True) for asked in self._asked]
-        for thread in self._threads:
-            thread.start()
+        self._tasks = SimpleQueue[Task | None]()
+        self._threads = [Thread(target=_work, args=(self._tasks,), daemon=True) for _ in range(n - 1)]
+        self.ended = False
+        # One None ends them all. If Ctrl-C comes before `__exit__` has put it there, it is put when this is dropped.
+        weakref.finalize(self, self._tasks.put, None)
 
     def spread(self, work: Callable[[int], None], parts: int) -> None:
         """work(0) here, work(1) … work(parts − 1) in the others, parts ≤ n; wait for all. Raises what one does."""
+        if self.ended or parts > len(self._threads) + 1:
+            raise RuntimeError(f"a team of {len(self._threads) + 1}, ended: {self.ended}, cannot do {parts} parts")
         ended = SimpleQueue[BaseException | None]()
-        asked = self._asked[: parts - 1]
-        for part, queue in enumerate(asked, 1):
-            queue.put((work, part, ended))
+        for part in range(1, parts):
+            self._tasks.put((work, part, ended))
         try:
             work(0)
         finally:
-            raised = [ended.get() for _ in asked]
+            raised = [ended.get() for _ in range(1, parts)]
         for error in raised:
             if error is not None:
                 raise error
 
     def __enter__(self) -> Self:
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException:
+            self._tasks.put(None)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for queue in self._asked:
-            queue.put(None)
+        self._tasks.put(None)
+        self.ended = True
         for thread in self._threads:
             thread.join()
 
 
-def _work(asked: SimpleQueue[Task | None]) -> None:
-    while (task := asked.get()) is not None:
+def _work(tasks: SimpleQueue[Task | None]) -> None:
+    while (task := tasks.get()) is not None:
         work, part, ended = task
         try:
             work(part)
@@ -61,3 +70,4 @@ def _work(asked: SimpleQueue[Task | None]) -> None:
         else:
             ended.put(None)
         del task, work, ended  # nothing is held while it waits
+    tasks.put(None)  # for the others

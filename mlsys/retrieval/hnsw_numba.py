@@ -183,7 +183,8 @@ class HNSW(NodeIndex):
         if parts <= 1:
             work(0)
             return
-        with nullcontext(self._team) if self._team else Team(parts) as team:
+        running = self._team if self._team and not self._team.ended else None
+        with nullcontext(running) if running else Team(parts) as team:
             team.spread(work, parts)
 
 
