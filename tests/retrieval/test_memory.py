@@ -15,7 +15,7 @@ def begins(a):
 def test_a_copy_begins_at_a_line(shape, dtype):
     a = np.arange(np.prod(shape, dtype=int)).astype(dtype).reshape(shape)
     copy = _memory.copy(a)
-    assert begins(copy)
+    assert begins(copy) or not copy.size  # where nothing is, NumPy says what it likes
     assert copy.flags.c_contiguous
     assert copy.flags.writeable
     assert not np.shares_memory(a, copy)
