@@ -36,7 +36,7 @@ import numpy as np
 
 from mlsys.compiled import uncounted
 from mlsys.retrieval import _memory, exact
-from mlsys.retrieval._collect_numba import Collector, collect
+from mlsys.retrieval._collect_numba import Collector, note
 from mlsys.retrieval._registers_numba import COLUMNS, compare, panels
 
 Array = np.ndarray
@@ -46,7 +46,6 @@ QUERIES = 1024  # queries that are searched together
 CANDIDATES = 1 << 20  # neighbours that are looked for at once: each takes 48 bytes (see `Collector`)
 ENOUGH = 1 << 24  # multiply-adds for which another thread is worth its start
 FEW = 8  # queries that are compared directly, without a matrix product
-STREAM = 1024  # vectors whose estimates are held at once in the direct way
 NONE = np.empty(0, np.bool_)
 
 
@@ -67,8 +66,7 @@ class Exact(exact.Exact):
             super()._search(queries, k, rows, tile, distances, ids)
             return
         if len(queries) <= FEW and rows is None:
-            room, last = (np.empty((1, size), np.float32) for size in (STREAM, n % STREAM))
-            _stream(_memory.aligned(queries), x, halves, room, last, np.zeros(1, np.int64), NONE, *collector.state)
+            _stream(_memory.aligned(queries), x, halves, *collector.state)
         else:
             _compare(queries, x, halves, rows, collector)
         overflown = collector.settle(x, self._ids, rows, distances, ids, by_row=True)
@@ -115,33 +113,26 @@ def _parts(n: int, most: int) -> Iterator[slice]:
     return (slice(start, min(start + each, n)) for start in range(0, n, each))
 
 
-@uncounted()
+@uncounted(fastmath={"nnan", "nsz", "reassoc", "contract"})
 def _stream(
     queries: Array,
     x: Array,
     halves: Array,
-    room: Array,
-    last: Array,
-    which: Array,
-    allowed: Array,
     bars: Array,
     slack: Array,
     estimates: Array,
     slots: Array,
     counts: Array,
 ) -> None:
-    """`collect` of estimates that are computed directly, a few vectors at a time and each read once for all queries.
-
-    room, last, which: for STREAM vectors, for those that are left, for the number of a query.
-    """
-    n = len(x)
-    for start in range(0, n, STREAM):
-        some = halves[start : min(start + STREAM, n)]
-        products = room if len(some) == STREAM else last
+    """`collect` of estimates that are computed directly: each vector is read once, for all queries."""
+    for i in range(len(x)):
         for q in range(len(queries)):
-            estimate(queries[q], x, start, products[0])
-            which[0] = q
-            collect(products, some, start, which, allowed, bars, slack, estimates, slots, counts)
+            total = np.float32(0)
+            for j in range(x.shape[1]):
+                total += queries[q, j] * x[i, j]
+            near = halves[i] - total
+            if near <= bars[q]:
+                note(q, near, i, bars, slack, estimates, slots, counts)
 
 
 @uncounted(fastmath={"nnan", "nsz", "reassoc", "contract"})
