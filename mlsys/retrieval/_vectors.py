@@ -139,8 +139,9 @@ class Index(ABC):
         queries = self._checked("queries", as_rows(queries), self.dim)
         k = whole("k", k, 1)
         allowed = None if filter is None else self._mask(filter)
-        distances = np.full((len(queries), k), np.inf, np.float32)
-        ids = np.full((len(queries), k), -1, np.int64)
+        distances, ids = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+        distances.fill(np.inf)
+        ids.fill(-1)
         how = self._options(k, **how)
         if len(self) and len(queries) and (allowed is None or allowed.any()):
             self._find(queries, k, allowed, distances, ids, **how)
@@ -291,8 +292,11 @@ class Index(ABC):
             raise ValueError(f"{name} must be (n, d) with d ≥ 1, got shape {x.shape}")
         if dim is not None and x.shape[1] != dim:
             raise ValueError(f"{name} must have dimension {dim}, as the vectors in the index, got {x.shape[1]}")
-        with np.errstate(over="ignore"):  # what does not fit into float32 becomes ∞, which is refused
-            x = np.ascontiguousarray(x, np.float32)
+        if x.dtype == np.float32:
+            x = np.ascontiguousarray(x)
+        else:
+            with np.errstate(over="ignore"):  # what does not fit into float32 becomes ∞, which is refused
+                x = np.ascontiguousarray(x, np.float32)
         if not np.isfinite(x).all():
             bad = ~np.isfinite(x).all(axis=1)
             row = int(bad.argmax())

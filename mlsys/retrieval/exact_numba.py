@@ -35,7 +35,7 @@ import numba
 import numpy as np
 
 from mlsys.compiled import uncounted
-from mlsys.retrieval import _memory, exact
+from mlsys.retrieval import exact
 from mlsys.retrieval._collect_numba import Collector, note
 from mlsys.retrieval._registers_numba import COLUMNS, compare, panels
 
@@ -66,7 +66,7 @@ class Exact(exact.Exact):
             super()._search(queries, k, rows, tile, distances, ids)
             return
         if len(queries) <= FEW and rows is None:
-            _stream(_memory.aligned(queries), x, halves, *collector.state)
+            _stream(queries, x, halves, *collector.state)
         else:
             _compare(queries, x, halves, rows, collector)
         overflown = collector.settle(x, self._ids, rows, distances, ids, by_row=True)
