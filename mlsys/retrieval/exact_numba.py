@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numba
 import numpy as np
@@ -47,6 +48,7 @@ CANDIDATES = 1 << 20  # neighbours that are looked for at once: each takes 48 by
 ENOUGH = 1 << 24  # multiply-adds for which another thread is worth its start
 FEW = 8  # queries that are compared directly, without a matrix product
 NONE = np.empty(0, np.bool_)
+ZERO = np.empty(0, np.float32)  # halves that are all 0, and need not be read
 
 
 class Exact(exact.Exact):
@@ -66,7 +68,7 @@ class Exact(exact.Exact):
             super()._search(queries, k, rows, tile, distances, ids)
             return
         if len(queries) <= FEW and rows is None:
-            _stream(queries, x, halves, *collector.state)
+            _stream(queries, x, halves if self.metric == "l2" else ZERO, *collector.state)
         else:
             _compare(queries, x, halves, rows, collector)
         overflown = collector.settle(x, self._ids, rows, distances, ids, by_row=True)
@@ -124,13 +126,14 @@ def _stream(
     slots: Array,
     counts: Array,
 ) -> None:
-    """`collect` of estimates that are computed directly: each vector is read once, for all queries."""
+    """`collect` of estimates that are computed directly: each vector is read once for all queries. halves: or ZERO."""
     for i in range(len(x)):
+        half: Any = halves[i] if len(halves) else np.float32(0)
         for q in range(len(queries)):
             total = np.float32(0)
             for j in range(x.shape[1]):
                 total += queries[q, j] * x[i, j]
-            near = halves[i] - total
+            near = half - total
             if near <= bars[q]:
                 note(q, near, i, bars, slack, estimates, slots, counts)
 
