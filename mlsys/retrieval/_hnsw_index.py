@@ -72,7 +72,7 @@ class Members:
 class NodeIndex(Index):
     """An `Index` over a `Graph`. What is left to implement is what takes time: searches, selections, links."""
 
-    FORMAT: ClassVar[str] = "mlsys.hnsw/1"
+    FORMAT: ClassVar[str] = "mlsys.hnsw/2"
     SETTINGS: ClassVar[tuple[str, ...]] = ("metric", "M", "ef_construction", "seed", "select")
 
     def __init__(
@@ -344,8 +344,9 @@ class NodeIndex(Index):
     # --- files --------------------------------------------------------------------------------------------------------
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        drawn = np.array([self._drawn], np.int64)
-        return {**self._graph.arrays(), "node_of_row": self._node_of_row, "drawn": drawn}
+        counts = {"drawn": self._drawn, "unchecked": self._unchecked}
+        saved = {name: np.array([count], np.int64) for name, count in counts.items()}
+        return {**self._graph.arrays(), "node_of_row": self._node_of_row, **saved}
 
     def _restore(self, arrays: Mapping[str, np.ndarray]) -> None:
         assert self.dim is not None
@@ -363,5 +364,6 @@ class NodeIndex(Index):
         if len(np.unique(nodes)) != len(graph):
             raise ValueError("node_of_row leaves out a node")
         drawn = whole("drawn", array(arrays, "drawn", np.int64, (1,))[0], len(graph))
+        unchecked = whole("unchecked", array(arrays, "unchecked", np.int64, (1,))[0], 0, len(graph))
         self._start(self.dim)
-        self._graph, self._node_of_row, self._drawn = graph, nodes, drawn
+        self._graph, self._node_of_row, self._drawn, self._unchecked = graph, nodes, drawn, unchecked

@@ -381,6 +381,19 @@ def test_loaded_is_as_saved_and_goes_on(HNSW, index, tmp_path):
         np.testing.assert_array_equal(value, again._arrays()[name], err_msg=name)
 
 
+def test_how_many_were_added_since_the_last_check_is_saved(HNSW, tmp_path):
+    """Of 600 nodes it is made when three are new: a loaded index must not count from 0."""
+    index = HNSW(M=5, ef_construction=40).fit(manifold(0, 600)).add(manifold(5, 2))
+    index.save(tmp_path)
+    loaded = HNSW.load(tmp_path)
+    for expected in (2, 0):
+        assert [i._arrays()["unchecked"].tolist() for i in (index, loaded)] == [[expected], [expected]]
+        for changed in (index, loaded):
+            changed.add(manifold(6, 1))
+    for name, value in loaded._arrays().items():
+        np.testing.assert_array_equal(value, index._arrays()[name], err_msg=name)
+
+
 DAMAGE = {
     "a link beyond the last node": ("links", (3, 0), MANY),
     "a link below −1": ("links", (3, 0), -2),
@@ -396,6 +409,7 @@ DAMAGE = {
     "a row without its node": ("node_of_row", 5, MANY),
     "a node without a row": ("node_of_row", 5, 6),
     "fewer levels drawn than nodes": ("drawn", 0, 3),
+    "more nodes unchecked than there are": ("unchecked", 0, MANY + 1),
 }
 
 
@@ -424,7 +438,7 @@ def test_a_low_entry_point_and_links_to_lower_nodes_are_refused(HNSW, index, tmp
             HNSW.load(tmp_path)
 
 
-@pytest.mark.parametrize("missing", ["links", "entry", "node_of_row", "drawn"])
+@pytest.mark.parametrize("missing", ["links", "entry", "node_of_row", "drawn", "unchecked"])
 def test_a_file_without_an_array_is_refused(HNSW, index, tmp_path, missing):
     index.save(tmp_path)
     kind_settings, arrays = _index_file.read(tmp_path, HNSW.FORMAT)
@@ -441,7 +455,7 @@ def test_wrong_settings_in_a_file_are_refused(HNSW, index, tmp_path):
         _index_file.write(tmp_path, HNSW.FORMAT, {**kind_settings, name: value}, arrays)
         with pytest.raises(ValueError, match="cannot be used"):
             HNSW.load(tmp_path)
-    assert json.loads((tmp_path / "index.json").read_text())["kind"] == "mlsys.hnsw/1"
+    assert json.loads((tmp_path / "index.json").read_text())["kind"] == "mlsys.hnsw/2"
 
 
 def test_searches_from_several_threads_are_equal(index):
