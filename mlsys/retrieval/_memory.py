@@ -1,8 +1,8 @@
 """Arrays that begin where a cache line does, and arrays that grow.
 
 The processor loads 64 bytes of one cache line in one go; where they lie across two lines, it takes two. NumPy's arrays
-begin at any multiple of 16, so that with the widest registers nearly every load of a row would be such a one: the dot
-products of vectors that the caches hold then take up to twice as long.
+begin at any multiple of 16, so that with the widest registers nearly every load of a row would be such a one, and the
+dot products of vectors that the caches hold are limited by their loads.
 
 See also:
     `_vectors` (the indexes), `_hnsw_graph`, `_lists` (what they keep).

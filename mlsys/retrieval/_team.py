@@ -1,7 +1,7 @@
 """Threads that wait for work, for parallel parts that are shorter than the start of a thread.
 
 A graph of ten thousand nodes is linked in hundreds of batches, of a millisecond or so. To hand such a batch to a
-`ThreadPoolExecutor` and to wait for it costs twice what it costs with a queue alone: futures take locks.
+`ThreadPoolExecutor` and to wait for it costs more than with a queue alone, for futures take locks.
 
 See also:
     `hnsw_numba` (who has them).

@@ -47,7 +47,6 @@ QUERIES = 1024  # queries that are searched together
 CANDIDATES = 1 << 20  # neighbours that are looked for at once: each takes 48 bytes (see `Collector`)
 ENOUGH = 1 << 24  # multiply-adds for which another thread is worth its start
 FEW = 8  # queries that are compared directly, without a matrix product
-NONE = np.empty(0, np.bool_)
 ZERO = np.empty(0, np.float32)  # halves that are all 0, and need not be read
 
 
@@ -136,13 +135,3 @@ def _stream(
             near = half - total
             if near <= bars[q]:
                 note(q, near, i, bars, slack, estimates, slots, counts)
-
-
-@uncounted(fastmath={"nnan", "nsz", "reassoc", "contract"})
-def estimate(query: Array, x: Array, start: int, out: Array) -> None:
-    """−⟨q, x⟩ for the vectors x[start], x[start + 1], …, one for each place in `out`."""
-    for i in range(len(out)):
-        total = np.float32(0)
-        for j in range(x.shape[1]):
-            total += query[j] * x[start + i, j]
-        out[i] = -total

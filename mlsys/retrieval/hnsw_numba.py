@@ -97,7 +97,6 @@ class HNSW(NodeIndex):
         arrays = self._tables
         order, ends = self._by_region(_memory.rows(graph.vectors, nodes))
         nodes = nodes[order]
-
         taken = np.zeros(1, np.int64)
 
         def explore(_: int) -> None:
@@ -126,7 +125,6 @@ class HNSW(NodeIndex):
         queries = _memory.rows(queries, order)
         near = np.full((len(queries), k), np.inf, np.float32)
         nodes = np.full((len(queries), k), -1, np.int32)
-
         taken = np.zeros(1, np.int64)
 
         def search(_: int) -> None:
@@ -176,8 +174,8 @@ class HNSW(NodeIndex):
     def _spread(self, work: Callable[[int], None], most: int) -> None:
         """Let as many threads as there are, but no more than `most`, do work(0), work(1), …; the caller is the first.
 
-        Where they share something, each takes the next of it when it has done with one (`compiled.take`), so that all
-        are done at about one time.
+        Where they share something, each takes the next of it when it has done with one (see `_intrinsics_numba`), so
+        that all are done at about one time.
         """
         parts = min(self.threads, most)
         if parts <= 1:

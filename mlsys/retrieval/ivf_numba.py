@@ -27,11 +27,11 @@ from numba import njit
 from mlsys.compiled import uncounted
 from mlsys.retrieval import _memory, exact_numba, ivf
 from mlsys.retrieval._collect_numba import Collector, collect
-from mlsys.retrieval.exact_numba import NONE, estimate
 
 Array = np.ndarray
 
 CACHED = 1 << 22  # bytes of vectors that stay in a cache, so that lists may be gone through twice
+NONE = np.empty(0, np.bool_)
 TOGETHER = 4  # queries that are compared with a vector at once: more do not fit into registers
 
 
@@ -100,7 +100,7 @@ def _scan(
                 _estimate_four(queries, some, x, start, products)
             else:
                 for r in range(len(some)):
-                    estimate(queries[some[r]], x, start, products[r])
+                    _estimate(queries[some[r]], x, start, products[r])
             collect(products, halves[start:end], start, some, near, bars, slack, estimates, slots, counts)
             at += len(some)
 
@@ -133,3 +133,13 @@ def _estimate_four(queries: Array, some: Array, x: Array, start: int, out: Array
             c += queries[s, j] * value
             d += queries[t, j] * value
         out[0, i], out[1, i], out[2, i], out[3, i] = -a, -b, -c, -d
+
+
+@uncounted(fastmath={"nnan", "nsz", "reassoc", "contract"})
+def _estimate(query: Array, x: Array, start: int, out: Array) -> None:
+    """−⟨q, x⟩ for the vectors x[start], x[start + 1], …, one for each place in `out`."""
+    for i in range(len(out)):
+        total = np.float32(0)
+        for j in range(x.shape[1]):
+            total += query[j] * x[start + i, j]
+        out[i] = -total
